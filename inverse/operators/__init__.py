@@ -1,0 +1,42 @@
+"""Linear operators of inverse problems: what was measured, as torch modules.
+
+A(x)   A.adjoint(y)   A.pinv(y)   A.svd()   A.solve_gram(r, noise_var, prior_var)   A @ B   A + B   2 * A   stack(A, B)
+"""
+
+from __future__ import annotations
+
+from inverse.operators.algebra import Compose, Scaled, Stack, Sum, stack
+from inverse.operators.base import SVD, CallRecord, LinearOperator, record_calls
+from inverse.operators.blur import CircularBlur, GaussianBlur, MotionBlur
+from inverse.operators.dense import Dense, FunctionOperator, probe_affine, probe_linear
+from inverse.operators.downsample import Downsample
+from inverse.operators.fourier import FourierMask
+from inverse.operators.linear_solve import ConvergenceError, Solution, conjugate_gradient
+from inverse.operators.mask import Diagonal, Identity, Mask
+
+__all__ = [
+    "SVD",
+    "CallRecord",
+    "CircularBlur",
+    "Compose",
+    "ConvergenceError",
+    "Dense",
+    "Diagonal",
+    "Downsample",
+    "FourierMask",
+    "FunctionOperator",
+    "GaussianBlur",
+    "Identity",
+    "LinearOperator",
+    "Mask",
+    "MotionBlur",
+    "Scaled",
+    "Solution",
+    "Stack",
+    "Sum",
+    "conjugate_gradient",
+    "probe_affine",
+    "probe_linear",
+    "record_calls",
+    "stack",
+]
