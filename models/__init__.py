@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Networks, trained priors and whole models."""

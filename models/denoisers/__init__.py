@@ -1,0 +1,8 @@
+"""Networks that denoise, and the loop that trains them."""
+
+from __future__ import annotations
+
+from models.denoisers.train import TrainConfig, TrainedDenoiser, TrainProgress, train
+from models.denoisers.unet import UNet, UNetConfig
+
+__all__ = ["TrainConfig", "TrainProgress", "TrainedDenoiser", "UNet", "UNetConfig", "train"]
