@@ -1,1 +1,3 @@
-"""placeholder"""
+"""Programs in, posteriors out."""
+
+from ppl.program import Program

@@ -1,0 +1,252 @@
+"""A program as a density on R^n: what HMC, NUTS, elliptical slices and variational guides see.
+
+    log pi(z) = log p(x(z), y) + log |det dx/dz|,   x(z) = constrain(z)
+
+Transforms are rebuilt from the supports inside the graph, so that a support may depend on another site. Sites lifted to
+their noise space have a standard normal density there; those whose distribution depends on no other site build their
+value for the whole batch at once, outside the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ppl.errors import ProgramError, ShapeError
+from ppl.graph import LaneFunction
+from ppl.trace import Layout, Leaf, Run, log_prob_of, unwrap
+
+if TYPE_CHECKING:
+    from ppl.program import Program
+
+__all__ = ["FlatDensity"]
+
+INITIAL_TRIES = 100
+LANES_AT_ONCE = 256
+
+
+class FlatDensity:
+    """The log density of a program on unconstrained vectors z of shape (lanes, dim).
+
+    Args:
+        program: the program; its discrete sites must be enumerable, they are summed out.
+
+    Raises:
+        ProgramError: a discrete latent cannot be summed out.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from ppl.program import Program
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.Exponential(1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> flat = Program(model, torch.tensor(1.0)).flat()
+        >>> value, gradient = flat.log_density_and_grad(torch.zeros(2, 1))
+        >>> value.shape, gradient.shape, flat.constrain(torch.zeros(2, 1))["scale"]
+        (torch.Size([2]), torch.Size([2, 1]), tensor([1., 1.]))
+    """
+
+    def __init__(self, program: Program) -> None:
+        hard = [n for n in program.discrete if "enumerable" not in program.sites[n].capabilities]
+        if hard:
+            raise ProgramError(
+                f"latent sites {hard} are discrete and cannot be summed out; an engine that uses gradients needs them "
+                "continuous, enumerable (Categorical, Bernoulli, ...) or removed by hand"
+            )
+        self.program = program
+        sites = {n: s for n, s in program.latents.items() if not s.discrete}
+        for name, site in sites.items():
+            if "denoiser" in site.capabilities and name not in program.lifted:
+                raise ProgramError(
+                    f"site {name!r} is a diffusion prior, whose density a generic engine cannot call at every step; run "
+                    "the engine in its noise space, ppl.NoiseSpace(engine), or use a guided sampler from `inverse`"
+                )
+        self.layout = Layout.of(sites, program.lifted)
+        self.dim = self.layout.dim
+        self._outside = [leaf for leaf in self.layout.leaves.values() if leaf.noise and program.sites[leaf.site].static]
+        self.notes: list[str] = []
+
+    # The density -----------------------------------------------------------------------------------------------------
+
+    def log_density(self, z: Tensor, subsample: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log density with Jacobians: (lanes, dim) -> (lanes,)."""
+        self._check(z)
+        with torch.no_grad():
+            lane, log_noise = self._lane(z)
+            return self._density(lane)(lane, self._shared(subsample)) + log_noise
+
+    def log_density_and_grad(self, z: Tensor, subsample: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Log density (lanes,) and its gradient (lanes, dim)."""
+        value, grad, _ = self.value_and_grads(z, subsample=subsample)
+        return value, grad
+
+    def value_and_grads(
+        self,
+        z: Tensor,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        subsample: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log density (lanes,), gradient in z (lanes, dim), and in the parameters, summed over lanes."""
+        self._check(z)
+        z = z.detach()
+        wrt = tuple(f"param.{n}" for n in params or {})
+        if not self._outside:
+            lane = self.program._with_lane_args({"z": z})
+            function = self._density(lane)
+            value, grads = function.value_and_grad(lane, self._shared(subsample, params), ("z", *wrt))
+            return value, grads["z"], {n: grads[f"param.{n}"] for n in params or {}}
+        noise = z.clone().requires_grad_()
+        with torch.enable_grad():
+            lane, log_noise = self._lane(noise)
+        built = tuple(leaf.site for leaf in self._outside)
+        detached = {n: v.detach() for n, v in lane.items()}
+        function = self._density(detached)
+        value, grads = function.value_and_grad(detached, self._shared(subsample, params), ("z", *built, *wrt))
+        outer = [lane[n] for n in built]
+        (through,) = torch.autograd.grad([*outer, log_noise.sum()], noise, [*(grads[n] for n in built), None])
+        return value + log_noise.detach(), grads["z"] + through, {n: grads[f"param.{n}"] for n in params or {}}
+
+    def prepare(self, z: Tensor, calls: int, *, gradient: bool = True, params: Sequence[str] = ()) -> str:
+        """Capture, and compile where it pays, for `calls` calls at the lane count of `z`; says what was chosen."""
+        with torch.no_grad():
+            lane, _ = self._lane(z)
+        wrt = ("z", *(leaf.site for leaf in self._outside), *(f"param.{n}" for n in params)) if gradient else None
+        return self._density(lane).prepare(lane, self._shared(), wrt=wrt, calls=calls)
+
+    # Between the two spaces ------------------------------------------------------------------------------------------
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Site values of unconstrained vectors, (lanes, dim) -> site -> (lanes, *shape), with deterministic sites.
+
+        A lifted site appears as its value under its name and as its noise under `name_noise`.
+        """
+        self._check(z)
+        with torch.no_grad():
+            # Lanes of many problems are problem-major, so that a chunk would cut across problems.
+            size = LANES_AT_ONCE if self.program.problems is None else max(len(z), 1)
+            chunks = [self._constrain(part) for part in z.split(size)] if len(z) else [self._constrain(z)]
+        return {n: torch.cat([c[n] for c in chunks]) for n in chunks[0]}
+
+    def _constrain(self, z: Tensor) -> dict[str, Tensor]:
+        lane, _ = self._lane(z)
+        built = {leaf.site for leaf in self._outside}
+        # A deterministic site that depends on a discrete one has no single value once that is summed out.
+        shapes = self.program.deterministic
+
+        def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            trace, _ = self.program._trace(lane, shared, self._run(lane))
+            return {
+                n: node["value"]
+                for n, node in trace.nodes.items()
+                if node["type"] == "sample"
+                and n not in built
+                and (n in self.layout.leaves or node["value"].shape == shapes.get(n))
+            }
+
+        function = self.program._function(("constrain", self.program.lifted), one, lane)
+        out = dict(function(lane, self.program._shared()))
+        for leaf in self.layout.leaves.values():
+            if leaf.noise:
+                out[f"{leaf.site}_noise"] = z[:, leaf.start : leaf.stop].reshape(-1, *leaf.shape)
+        out |= {n: lane[n] for n in built}
+        return {n: out[n] for n in [*self.layout.leaves, *(k for k in out if k not in self.layout.leaves)]}
+
+    def ravel(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Unconstrained vectors (lanes, dim) of site values; lifted sites are given by `name_noise`."""
+        missing = [n for n, leaf in self.layout.leaves.items() if not leaf.noise and n not in values]
+        missing += [f"{n}_noise" for n, leaf in self.layout.leaves.items() if leaf.noise and f"{n}_noise" not in values]
+        if missing:
+            raise ProgramError(f"values for {missing} are missing; got {list(values)}")
+        own = {n: values[n] for n, leaf in self.layout.leaves.items() if not leaf.noise}
+        noise = {n: values[f"{n}_noise"] for n, leaf in self.layout.leaves.items() if leaf.noise}
+        lifted = {n: self._build(self.layout.leaves[n], v) for n, v in noise.items()}
+        lane = {**own, **lifted}
+        rows = next(iter(lane.values())).shape[0]
+
+        def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            run = Run(values={n: lane[n] for n in (*own, *lifted)}, layout=self.layout)
+            return self.program._trace(lane, shared, run)[1].unconstrained
+
+        out: dict[str, Tensor] = dict(noise)
+        if own:
+            function = self.program._function(("ravel", self.program.lifted), one, lane)
+            lane = self.program._with_lane_args(lane)
+            out |= function(lane, self.program._shared())
+        return torch.cat([out[n].reshape(rows, -1) for n in self.layout.leaves], dim=1)
+
+    def initial(self, lanes: int, generator: torch.Generator, radius: float = 2.0) -> Tensor:
+        """Starting points (lanes, dim): uniform on [-radius, radius], drawn again until the density is finite there.
+
+        Raises:
+            ProgramError: no finite density was found.
+        """
+        dtype, device = self.program.dtype, generator.device
+
+        def draw() -> Tensor:
+            z = (torch.rand(lanes, self.dim, generator=generator, dtype=dtype, device=device) * 2 - 1) * radius
+            for leaf in self.layout.leaves.values():  # noise starts where its prior is
+                if leaf.noise:
+                    size = (lanes, leaf.stop - leaf.start)
+                    z[:, leaf.start : leaf.stop] = torch.randn(size, generator=generator, dtype=dtype, device=device)
+            return z
+
+        z = draw()
+        for attempt in range(INITIAL_TRIES):
+            value, grad = self.log_density_and_grad(z)
+            bad = ~(torch.isfinite(value) & torch.isfinite(grad).all(1))
+            if not bool(bad.any()):
+                return z
+            shrink = 1.0 if attempt < INITIAL_TRIES // 2 else 0.3  # narrow supports sit near zero more often
+            z = torch.where(bad[:, None], shrink * draw(), z)
+        raise ProgramError(
+            f"no starting point with a finite density and gradient was found in {INITIAL_TRIES} tries for "
+            f"{int(bad.sum())} of {lanes} chains; check that the data have positive density under the model, or narrow "
+            "its priors"
+        )
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _build(self, leaf: Leaf, noise: Tensor) -> Tensor:
+        """Values of a lifted site whose distribution is the same for all draws: (lanes, *shape)."""
+        fn = unwrap(self.program.sites[leaf.site].distribution)
+        return fn.from_noise(noise.reshape(-1, *leaf.shape))
+
+    def _lane(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Graph inputs of a batch, and the log density of the noise that was used outside the graph."""
+        lane = {"z": z}
+        log_noise = z.new_zeros(len(z))
+        for leaf in self._outside:
+            noise = z[:, leaf.start : leaf.stop]
+            lane[leaf.site] = self._build(leaf, noise)
+            log_noise = log_noise - 0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
+        return self.program._with_lane_args(lane), log_noise
+
+    def _density(self, lane: Mapping[str, Tensor]) -> LaneFunction:
+        enumerated = bool(self.program.discrete)
+
+        def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+            trace, setter = self.program._trace(lane, shared, self._run(lane))
+            scored = log_prob_of(trace, lambda node: True, enumerated=enumerated, nesting=self.program.nesting)
+            return scored + setter.log_jacobian
+
+        return self.program._function(("flat", self.program.lifted), one, lane)
+
+    def _shared(
+        self, subsample: Mapping[str, Tensor] | None = None, params: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        return self.program._shared(subsample, params)
+
+    def _run(self, lane: Mapping[str, Tensor]) -> Run:
+        """Settings of one run of the model from the graph inputs of one draw."""
+        built = {leaf.site: lane[leaf.site] for leaf in self._outside}
+        enumerate_ = bool(self.program.discrete)
+        return Run(z=lane["z"], layout=self.layout, values=built, unscored=frozenset(built), enumerate_=enumerate_)
+
+    def _check(self, z: Tensor) -> None:
+        if z.ndim != 2 or z.shape[1] != self.dim:
+            raise ShapeError(f"expected unconstrained vectors of shape (lanes, {self.dim}), got {tuple(z.shape)}")

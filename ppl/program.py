@@ -1,0 +1,718 @@
+"""A Pyro model with its data: the only description of an inference problem.
+
+A `Program` runs the model once, eagerly and validated, reads its sites, and traces the density of one draw into a graph
+that engines run for many draws at once. Values, data, parameters and subsample indices are inputs of that graph, so
+new data of equal shape never trace again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
+from ppl.graph import Batching, Compile, LaneFunction
+from ppl.trace import (
+    Layout,
+    Run,
+    Site,
+    check_latents,
+    check_observations,
+    log_prob_of,
+    read_sites,
+    run_model,
+    settings,
+    unwrap,
+)
+
+if TYPE_CHECKING:
+    from ppl.flat import FlatDensity
+    from ppl.posterior import Posterior
+
+__all__ = ["Program", "seeded"]
+
+Values = Mapping[str, Tensor]
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Run Pyro's own draws under a fork of the global generator, seeded from `generator`."""
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    devices = [generator.device] if generator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+class Program:
+    """A Pyro model and the arguments it is called with.
+
+    Args:
+        model: a Pyro model, written for one draw.
+        *args: its arguments; tensors among them are data and can be changed by `with_data`.
+        batching: `"auto"` (trace one draw, run the graph for many), or `"loop"` (draw by draw, for models that branch
+            on values).
+        compile: `"auto"` compiles a density that will be called often enough to repay it, `"never"`, `"inductor"`.
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        ProgramError: the model has no latent site.
+        DataError: data are not finite, outside a support, or of another type or device than a prior.
+        ShapeError: data do not have the shape of their distribution.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 2.0), obs=y)
+        >>> program = Program(model, torch.tensor([1.0, 3.0]))
+        >>> list(program.latents), list(program.observed), program.flat().dim
+        (['mu'], ['y'], 1)
+        >>> program.log_joint({"mu": torch.tensor([0.0, 1.0])})
+        tensor([-5.3931, -5.1431])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        batching: Batching = "auto",
+        compile: Compile = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if not callable(model):
+            raise ProgramError(f"expected a Pyro model (a callable), got {type(model).__name__}")
+        if batching not in ("auto", "graph", "vmap", "loop"):
+            raise OptionError(f'batching must be "auto", "graph", "vmap" or "loop", got {batching!r}')
+        if compile not in ("auto", "never", "inductor"):
+            raise OptionError(f'compile must be "auto", "never" or "inductor", got {compile!r}')
+        self.model = model
+        self.compile: Compile = compile
+        self._batching: Batching = batching
+        self.lifted: frozenset[str] = frozenset()
+        self.problems: int | None = None
+        self._functions: dict[Any, LaneFunction] = {}
+        self._visited = [""]  # the site that tracing reached last
+        self._replaced: dict[str, Any] = {}
+        self._overridden: dict[str, Tensor] = {}
+        self._lane_args: frozenset[str] = frozenset()
+        self._bind(args, kwargs)
+        self._read()
+
+    # Facts -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def latents(self) -> dict[str, Site]:
+        """Latent sites by name, in program order."""
+        return {n: s for n, s in self.sites.items() if not s.observed}
+
+    @property
+    def observed(self) -> dict[str, Site]:
+        """Observed sites by name, in program order."""
+        return {n: s for n, s in self.sites.items() if s.observed}
+
+    @property
+    def subsampled(self) -> dict[str, tuple[int, int]]:
+        """Plates that show part of their data at a time: name -> (shown, full size)."""
+        return {f.name: (f.size, f.full_size) for s in self.sites.values() for f in s.frames if f.name in s.subsampled}
+
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Names of discrete latent sites."""
+        return tuple(n for n, s in self.latents.items() if s.discrete)
+
+    @property
+    def capabilities(self) -> dict[str, frozenset[str]]:
+        """What the distribution of each latent site can do."""
+        return {n: s.capabilities for n, s in self.latents.items()}
+
+    @property
+    def batching(self) -> str:
+        """How draws are batched: the way chosen for the functions built so far, or the one asked for."""
+        chosen = {f.batching for f in self._functions.values()}
+        return "/".join(sorted(chosen)) if chosen else self._batching
+
+    @property
+    def notes(self) -> list[str]:
+        """What the graph engine decided and why."""
+        return [note for f in self._functions.values() for note in f.notes]
+
+    def fingerprint(self) -> str:
+        """A hash of the sites and the data; equal for the same problem, in every process."""
+        digest = hashlib.sha256()
+        for name, site in self.sites.items():
+            digest.update(f"{name}{tuple(site.shape)}{site.observed}{site.plates}".encode())
+        for name, value in self._shared().items():
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        many = f", problems={self.problems}" if self.problems is not None else ""
+        return f"Program({name}, latents={list(self.latents)}, observed={list(self.observed)}{many})"
+
+    # Densities -------------------------------------------------------------------------------------------------------
+
+    def log_joint(self, values: Values, subsample: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log density of latents and data.
+
+        Args:
+            values: latent values, each (*lanes, *shape of the site); discrete sites that are left out are summed over.
+            subsample: indices by subsampled plate; the density is scaled up to the full plates.
+
+        Returns:
+            (*lanes,) normalised log density (up to `pyro.factor` terms and improper priors).
+        """
+        return self._density("joint", values, subsample)
+
+    def log_likelihood(self, values: Values, subsample: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log density of the data given latents, summed over observed sites and factors: (*lanes,)."""
+        return self._density("likelihood", values, subsample)
+
+    def pointwise_log_likelihood(self, values: Values) -> dict[str, Tensor]:
+        """Log density of each datum given latents: observed site -> (*lanes, *batch shape of the site)."""
+
+        def extract(trace: Any) -> dict[str, Tensor]:
+            nodes = trace.nodes
+            return {n: nodes[n]["fn"].log_prob(nodes[n]["value"]) for n in self.observed}
+
+        return self.batched(extract)(values)
+
+    def batched(self, extract: Callable[[Any], Any]) -> Callable[[Values], Any]:
+        """A function of the model's trace, for many draws at once; differentiable where gradients are recorded.
+
+        Args:
+            extract: takes Pyro's trace of one draw, returns a pytree of tensors, such as the mean of an observed site.
+
+        Returns:
+            A function of latent values (*lanes, *shape) that returns the pytree with leading lane axes.
+        """
+        key = ("batched", id(extract))
+
+        def one(lane: Values, shared: Values) -> Any:
+            return extract(self._trace(lane, shared, Run(values=lane, unscored=frozenset(lane)))[0])
+
+        def run(values: Values) -> Any:
+            lanes, lane = self._lanes(values)
+            function = self._function(key, one, lane, keep=extract)
+            out = function(self._with_lane_args(lane), self._shared())
+            return pytree.tree_map(lambda t: t.reshape(*lanes, *t.shape[1:]), out)
+
+        return run
+
+    def flat(self) -> FlatDensity:
+        """The view on R^n: log density and gradient with Jacobians, ravel, unravel, constrain.
+
+        Raises:
+            ProgramError: a latent site is discrete and cannot be summed out.
+        """
+        from ppl.flat import FlatDensity
+
+        return FlatDensity(self)
+
+    # Simulation ------------------------------------------------------------------------------------------------------
+
+    def simulate(self, generator: torch.Generator, size: int | None = None) -> dict[str, Tensor]:
+        """Draw latents and data from the joint distribution.
+
+        Args:
+            generator: the source of randomness.
+            size: number of draws; `None` gives one draw without a leading axis.
+
+        Returns:
+            Site -> (size, *shape), latent, observed and deterministic sites.
+        """
+        values: dict[str, Tensor] = {}
+        rows = 1 if size is None else size
+        with seeded(generator), torch.no_grad():
+            for site in self.latents.values():
+                if site.static and "denoiser" in site.capabilities:  # one call of the network for all draws
+                    values[site.name] = site.distribution.sample((rows,))
+            draws = []
+            for i in range(rows):
+                run = Run(values={n: v[i] for n, v in values.items()}, predict=True)
+                trace, _ = self._trace({}, self._shared(), run)
+                draws.append(_values(trace))
+        if size is None:
+            return draws[0]
+        return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
+
+    def predict(self, posterior: Posterior, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw data, and deterministic values, given the latents of every posterior draw.
+
+        Returns:
+            Site -> (chain, draw, *shape) for observed and deterministic sites.
+        """
+        if self.problems is not None:
+            raise ProgramError("predict takes one problem at a time; use the program that `over` was called on")
+        generator = generator or torch.Generator(self.device).manual_seed(0)
+        draws = {n: v for n, v in posterior.draws.items() if n in self.latents or n in self.lifted}
+        lead = next(iter(draws.values())).shape[:2]
+        flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in draws.items()}
+        rows = []
+        with seeded(generator), torch.no_grad():
+            for i in range(lead[0] * lead[1]):
+                given = {n: v[i] for n, v in flat.items()}
+                trace, _ = self._trace({}, self._shared(), Run(values=given, predict=True))
+                rows.append({n: v for n, v in _values(trace).items() if n not in given})
+        return {n: torch.stack([r[n] for r in rows]).reshape(*lead, *rows[0][n].shape) for n in rows[0]}
+
+    # Other programs --------------------------------------------------------------------------------------------------
+
+    def with_data(self, **data: Any) -> Program:
+        """The same program with other data, by argument name or by the name of an observed site.
+
+        Data of equal shape and type reuse everything that was traced.
+        """
+        new = copy.copy(self)
+        new._set_data(data)
+        same = [(v.shape, v.dtype, v.device) for v in new._shared().values()] == [
+            (v.shape, v.dtype, v.device) for v in self._shared().values()
+        ]
+        new._read()
+        if not same or [s.shape for s in new.sites.values()] != [s.shape for s in self.sites.values()]:
+            new._functions = {}
+        return new
+
+    def over(self, **data: Tensor) -> Program:
+        """N independent problems at once: the same program for each row of the data given.
+
+        Args:
+            **data: (N, *shape) by argument name or observed site; all with the same N.
+
+        Returns:
+            A program whose densities take lanes in problem-major order (a multiple of N) and whose posteriors have a
+            leading `problem` axis.
+        """
+        if self.problems is not None:
+            raise ProgramError("this program is already over many problems; call over(...) on the single one")
+        if not data:
+            raise OptionError("over needs data, such as program.over(y=ys)")
+        sizes = {n: len(v) for n, v in data.items()}
+        if len(set(sizes.values())) != 1 or 0 in sizes.values():
+            raise ShapeError(f"over needs data with one common, non-zero number of rows, got {sizes}")
+        first = self.with_data(**{n: v[0] for n, v in data.items()})
+        new = copy.copy(first)
+        new._functions = {}
+        new.problems = next(iter(sizes.values()))
+        given = {n: first._fixed_value(s) for n, s in first.latents.items()}
+        rows = []
+        for i in range(new.problems):
+            row = copy.copy(first)
+            row._set_data({n: v[i] for n, v in data.items()})
+            row._read(given)
+            rows.append(row._shared())
+        names = [n for n in rows[0] if not all(rows[0][n] is r[n] or torch.equal(rows[0][n], r[n]) for r in rows)]
+        changed = {n.removeprefix("data.") for n in names}
+        names += [f"data.{n}" for n in data if f"data.{n}" in rows[0] and n not in changed]
+        new._lane_args = frozenset(names)
+        new._stacked = {n: torch.stack([r[n] for r in rows]) for n in names}
+        new._rows = tuple((dict(zip(data, values, strict=True))) for values in zip(*data.values(), strict=True))
+        return new
+
+    def problem(self, i: int) -> Program:
+        """Problem `i` of a program that is `over` many."""
+        if self.problems is None:
+            raise ProgramError("this program holds one problem; `problem(i)` belongs to program.over(...)")
+        single = copy.copy(self)
+        single.problems, single._lane_args, single._stacked = None, frozenset(), {}
+        single._functions = self._single_functions
+        row = single.with_data(**self._rows[i])
+        self._single_functions = row._functions
+        return row
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Program:
+        """The same program on another device or in another floating type; priors that can move are moved."""
+        if self.problems is not None:
+            raise ProgramError("move the program first, then call over(...)")
+
+        def move(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+            return x.to(device=device, dtype=dtype) if isinstance(x, torch.nn.Module) else x
+
+        new = copy.copy(self)
+        new._functions = {}
+        new._leaves = [move(leaf) for leaf in self._leaves]
+        new._overridden = {n: move(v) for n, v in self._overridden.items()}
+        new.parameters = {n: move(v) for n, v in self.parameters.items()}
+        new._replaced = dict(self._replaced)
+        for site in self.latents.values():
+            if site.static and hasattr(site.distribution, "to"):
+                new._replaced[site.name] = site.distribution.to(device=device, dtype=dtype)
+        if dtype is not None:
+            new.dtype = dtype
+        new._read(keep_dtype=dtype is not None)
+        return new
+
+    def noise_space(self, *names: str) -> Program:
+        """The program in which sites built from standard normal noise are replaced by that noise.
+
+        Args:
+            *names: sites to lift; all that can be lifted when none is given.
+
+        Raises:
+            ProgramError: a named site is observed or cannot be built from noise, or nothing can be lifted.
+        """
+        able = [n for n, s in self.latents.items() if "noise_space" in s.capabilities]
+        chosen = list(names) or able
+        if not chosen:
+            raise ProgramError(
+                f"no latent site can be built from noise; sites and capabilities: { {n: sorted(c) for n, c in self.capabilities.items()} }"
+            )
+        for name in chosen:
+            if name not in able:
+                what = "is observed" if name in self.observed else "cannot be built from noise"
+                raise ProgramError(f"site {name!r} {what}; sites with a noise space: {able}")
+        new = copy.copy(self)
+        new.lifted = frozenset(chosen)
+        new._functions = {}
+        return new
+
+    def check(self, generator: torch.Generator | None = None, draws: int = 64) -> list[str]:
+        """What looks wrong, in words: data far outside the prior predictive, priors that do not reach the data.
+
+        Args:
+            generator: source of randomness for the prior predictive draws.
+            draws: number of prior predictive draws.
+
+        Returns:
+            One sentence for each finding; an empty list when nothing was found.
+        """
+        generator = generator or torch.Generator(self.device).manual_seed(0)
+        findings = []
+        try:
+            predictive = self.simulate(generator, draws)
+        except Exception as error:  # improper priors cannot be simulated
+            return [f"the prior predictive cannot be simulated ({type(error).__name__}: {str(error)[:120]})"]
+        for name in self.observed:
+            data, draw = self.data[name].double(), predictive[name].double()
+            low, high = float(draw.min()), float(draw.max())
+            margin = high - low
+            outside = (data < low - margin) | (data > high + margin)
+            if bool(outside.any()):
+                findings.append(
+                    f"observed site {name!r}: {int(outside.sum())} of {data.numel()} data lie far outside the prior "
+                    f"predictive: data in [{float(data.min()):.4g}, {float(data.max()):.4g}], prior predictive in "
+                    f"[{low:.4g}, {high:.4g}]. Check units and data range, or widen the prior"
+                )
+        findings += self._unused()
+        return findings
+
+    def _unused(self) -> list[str]:
+        """Latent sites on which no observed density depends, by gradient at one point."""
+        latents = {n: s for n, s in self.latents.items() if not s.discrete}
+        values = {n: self._first_values[n].detach().clone().requires_grad_() for n in latents}
+        trace, _ = self._trace({}, self._shared(), Run(values=values))
+        total = log_prob_of(trace, lambda node: True if node["is_observed"] else False, enumerated=False, nesting=0)
+        priors = {n: _prior_term(trace, n) for n in latents}
+        unused = []
+        for name, value in values.items():
+            rest = [total, *(p for n, p in priors.items() if n != name)]
+            if not any(_depends(term, value) for term in rest):
+                unused.append(f"latent site {name!r} is never used: neither the data nor another site depend on it")
+        return unused
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Split the arguments into tensors, which are inputs of the graph, and constants."""
+        forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        try:
+            bound = inspect.signature(forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ProgramError(f"the model cannot be called with the arguments given: {error}") from None
+        bound.apply_defaults()
+        self._names = {name: f"{name}" for name in bound.arguments}
+        self._call = bound
+        paths, spec = pytree.tree_flatten_with_path(dict(bound.arguments))
+        self._spec = spec
+        self._paths = [_dotted(path) for path, _ in paths]
+        self._leaves = [leaf for _, leaf in paths]
+
+    def _arguments(self, shared: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = [shared.get(f"arg.{p}", leaf) for p, leaf in zip(self._paths, self._leaves, strict=True)]
+        bound = copy.copy(self._call)
+        bound.arguments = pytree.tree_unflatten(leaves, self._spec)
+        return bound.args, bound.kwargs
+
+    def _set_data(self, data: Mapping[str, Any]) -> None:
+        """Replace arguments, or the data of observed sites, in place (on a copy)."""
+        self._leaves = list(self._leaves)
+        self._overridden = dict(self._overridden)
+        arguments = pytree.tree_unflatten(self._leaves, self._spec)
+        for name, value in data.items():
+            if name in arguments:
+                arguments[name] = value
+            elif name in self.observed:
+                self._overridden[name] = value
+            else:
+                raise DataError(
+                    f"the program has no data named {name!r}; arguments: {list(arguments)}, observed sites: "
+                    f"{list(self.observed)}"
+                )
+        paths, self._spec = pytree.tree_flatten_with_path(arguments)
+        self._paths, self._leaves = [_dotted(path) for path, _ in paths], [leaf for _, leaf in paths]
+
+    def _read(self, given: Values | None = None, keep_dtype: bool = False) -> None:
+        """Run the model once, validated, and read its sites; a second run tells which distributions are fixed."""
+        tensors = [leaf for leaf in [*self._leaves, *self._overridden.values()] if isinstance(leaf, Tensor)]
+        floating = [t.dtype for t in tensors if t.is_floating_point()]
+        if not keep_dtype:
+            dtype = floating[0] if floating else torch.get_default_dtype()
+            for other in floating[1:]:
+                dtype = torch.promote_types(dtype, other)
+            self.dtype = dtype
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        args, kwargs = self._arguments({})
+        traces = []
+        for seed in (0, 1):
+            if seed == 1 and not traces[0][1]:
+                continue
+            generator = torch.Generator(self.device).manual_seed(seed)
+            fixed = dict(given or {})
+            run = Run(values=fixed, data=self._overridden, functions=self._replaced)
+            with seeded(generator), torch.no_grad():
+                try:
+                    with settings(self.dtype, validate=seed == 0):
+                        trace, _ = run_model(self.model, args, kwargs, _first_run(run, seed, traces))
+                except PilotlightError:
+                    raise
+                except ValueError as error:
+                    raise ProgramError(f"the model failed when it was run once: {error}") from error
+            capable = [n for n, s in read_sites(trace).items() if s.capabilities - {"enumerable"}]
+            traces.append((trace, capable))
+            if seed == 0:
+                check_observations(trace)
+                break_early = given is not None
+                if break_early:
+                    break
+        trace = traces[0][0]
+        sites = read_sites(trace)
+        if len(traces) > 1:
+            again = read_sites(traces[1][0])
+            sites = {
+                n: _with_static(s, n in again and _same(s.distribution, again[n].distribution))
+                for n, s in sites.items()
+            }
+        elif given is not None:
+            sites = {n: _with_static(s, self.sites[n].static) for n, s in sites.items()}
+        self.sites = sites
+        self._first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
+        check_latents(sites, floating[0] if floating else None, self.device)
+        self.data = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if s.observed}
+        self.nesting = max((-f.dim for s in sites.values() for f in s.frames), default=0)
+        self.deterministic: dict[str, torch.Size] = {
+            n: node["value"].shape
+            for n, node in trace.nodes.items()
+            if node["type"] == "sample" and node["infer"].get("_deterministic", False)
+        }
+        params = {n: node["value"] for n, node in trace.nodes.items() if node["type"] == "param"}
+        self.parameter_constraints = {
+            n: trace.nodes[n]["kwargs"].get("constraint", dist.constraints.real) for n in params
+        }
+        if not hasattr(self, "parameters"):
+            self.parameters = {n: cast(Tensor, p).detach().clone() for n, p in params.items()}
+        self._default_indices = {
+            n: node["value"] for n, node in trace.nodes.items() if n in self.subsampled and node["type"] == "sample"
+        }
+        self._stacked: dict[str, Tensor] = {}
+        self._rows: tuple[dict[str, Any], ...] = ()
+        self._single_functions: dict[Any, LaneFunction] = {}
+
+    def _fixed_value(self, site: Site) -> Tensor:
+        return self._first_values[site.name]
+
+    def _shared(self, subsample: Mapping[str, Tensor] | None = None, params: Values | None = None) -> dict[str, Tensor]:
+        """Graph inputs that all draws share, without those that differ between problems."""
+        shared = {
+            f"arg.{p}": leaf for p, leaf in zip(self._paths, self._leaves, strict=True) if isinstance(leaf, Tensor)
+        }
+        shared |= {f"data.{n}": v for n, v in self.data.items() if not self.sites[n].subsampled}
+        shared |= {f"param.{n}": v for n, v in (params if params is not None else self.parameters).items()}
+        indices = dict(self._default_indices) | dict(subsample or {})
+        shared |= {f"index.{n}": v for n, v in indices.items()}
+        return {n: v for n, v in shared.items() if n not in self._lane_args}
+
+    def _with_lane_args(self, lane: Values) -> dict[str, Tensor]:
+        """Add the data of each problem to the inputs of its draws."""
+        lane = dict(lane)
+        if self.problems is not None:
+            rows = next(iter(lane.values())).shape[0]
+            if rows % self.problems:
+                raise ShapeError(f"{rows} draws cannot be split over {self.problems} problems")
+            each = rows // self.problems
+            lane |= {n: v.repeat_interleave(each, 0) if each != 1 else v for n, v in self._stacked.items()}
+        return lane
+
+    def _trace(self, lane: Values, shared: Values, run: Run) -> Any:
+        """Run the model for one draw, with graph inputs put where they belong."""
+        inputs = {**shared, **lane}
+        run.data = {n.removeprefix("data."): v for n, v in inputs.items() if n.startswith("data.")}
+        run.params = {n.removeprefix("param."): v for n, v in inputs.items() if n.startswith("param.")}
+        run.indices = {n.removeprefix("index."): v for n, v in inputs.items() if n.startswith("index.")}
+        run.functions = self._replaced
+        args, kwargs = self._arguments(inputs)
+
+        def visit(name: str) -> None:
+            self._visited[0] = name
+
+        with settings(self.dtype, validate=False):
+            return run_model(self.model, args, kwargs, run, nesting=self.nesting, visit=visit)
+
+    def _density(self, kind: str, values: Values, subsample: Mapping[str, Tensor] | None) -> Tensor:
+        missing = [n for n, s in self.latents.items() if n not in values and not s.discrete]
+        if missing:
+            raise ProgramError(f"values for the latent sites {missing} are missing; got {list(values)}")
+        enumerated = tuple(n for n in self.discrete if n not in values)
+
+        def one(lane: Values, shared: Values) -> Tensor:
+            given = {n: lane[n] for n in lane if n in self.sites}
+            unscored = frozenset(given) if kind == "likelihood" else frozenset()
+            run = Run(values=given, unscored=unscored, enumerate_=bool(enumerated))
+            trace, _ = self._trace(lane, shared, run)
+            wanted = (lambda node: node["is_observed"]) if kind == "likelihood" else (lambda node: True)
+            return log_prob_of(trace, wanted, enumerated=bool(enumerated), nesting=self.nesting)
+
+        lanes, lane = self._lanes({n: v for n, v in values.items() if n in self.latents})
+        function = self._function((kind, tuple(lane), enumerated), one, lane)
+        return function(self._with_lane_args(lane), self._shared(subsample)).reshape(lanes)
+
+    def _lanes(self, values: Values) -> tuple[torch.Size, dict[str, Tensor]]:
+        """Split leading axes from site values and flatten them into one lane axis."""
+        lanes: torch.Size | None = None
+        out = {}
+        for name, value in values.items():
+            site = self.sites.get(name)
+            if site is None:
+                raise ProgramError(f"the program has no site {name!r}; its sites are {list(self.sites)}")
+            lead = value.shape[: value.ndim - len(site.shape)]
+            if value.shape[len(lead) :] != site.shape or (lanes is not None and lead != lanes):
+                raise ShapeError(
+                    f"site {name!r} has shape {tuple(site.shape)} after the leading axes {tuple(lanes or lead)}, "
+                    f"got {tuple(value.shape)}"
+                )
+            lanes = lead
+            out[name] = value.reshape(-1, *site.shape)
+        return lanes if lanes is not None else torch.Size(), out
+
+    def _function(self, key: Any, one: Callable[[Values, Values], Any], lane: Values, keep: Any = None) -> LaneFunction:
+        """The batched form of a function of one draw, built on first use and shared by programs with like data."""
+        if key not in self._functions:
+            full = self._with_lane_args(lane)
+            example = {n: v[0] for n, v in full.items()}
+            shared = self._shared()
+            self._visited[0] = ""
+
+            def quiet(lane_: Values, shared_: Values) -> Any:
+                with settings(self.dtype, validate=False):
+                    return one(lane_, shared_)
+
+            function = LaneFunction(
+                quiet,
+                example,
+                shared,
+                probes=[self._probe(example, shared, seed) for seed in (0, 1)],
+                batching=self._batching,
+                compile=self.compile,
+                where=lambda: f" (after site {self._visited[0]!r})" if self._visited[0] else "",
+            )
+            function.keep = keep  # an `extract` that lives as long as its id is a key
+            self._functions[key] = function
+        return self._functions[key]
+
+    def _probe(self, lane: Values, shared: Values, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fresh inputs near the given ones: shaken latents and data, other subsample indices."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def shake(name: str, value: Tensor) -> Tensor:
+            plate = name.removeprefix("index.")
+            if plate != name and plate in self.subsampled:
+                shown, full = self.subsampled[plate]
+                return torch.randperm(full, generator=generator, device=value.device)[:shown]
+            if not value.is_floating_point() or name.removeprefix("data.") in self.discrete:
+                return value
+            noise = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
+            if name == "z":
+                return value + noise - 0.5
+            return value * (
+                1 + 0.02 * (noise - 0.5)
+            )  # keeps signs, and zeros, and stays in intervals but for their ends
+
+        return {n: shake(n, v) for n, v in lane.items()}, {n: shake(n, v) for n, v in shared.items()}
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
+def _first_run(run: Run, seed: int, traces: list[Any]) -> Run:
+    """The second run moves every latent whose distribution has no say in what follows of cost; the first draws all."""
+    if seed == 0:
+        return run
+    nodes = traces[0][0].nodes
+    costly = [n for n in traces[0][1] if not nodes[n]["is_observed"]]
+    return Run(values={**run.values, **{n: nodes[n]["value"] for n in costly}}, data=run.data, functions=run.functions)
+
+
+def _with_static(site: Site, static: bool) -> Site:
+    return Site(**{**{f: getattr(site, f) for f in Site.__dataclass_fields__}, "static": static})
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two distributions are the same object, or were built from the same parts."""
+    a, b = unwrap(a), unwrap(b)
+    if a is b:
+        return True
+    if type(a) is not type(b) or a.__dict__.keys() != b.__dict__.keys():
+        return False
+
+    def equal(u: Any, v: Any) -> bool:
+        if u is v:
+            return True
+        if isinstance(u, Tensor) and isinstance(v, Tensor):
+            return u.shape == v.shape and torch.equal(u, v)
+        return isinstance(u, str | int | float | tuple | frozenset | None | torch.dtype | torch.device) and u == v
+
+    return all(equal(a.__dict__[k], b.__dict__[k]) for k in a.__dict__)
+
+
+def _prior_term(trace: Any, name: str) -> Tensor:
+    """Log density of one latent site; zero for a diffusion prior, which depends on no other site through its value."""
+    node = trace.nodes[name]
+    if "denoiser" in getattr(unwrap(node["fn"]), "capabilities", ()):
+        return torch.zeros(())
+    return node["fn"].log_prob(node["value"]).sum()
+
+
+def _depends(term: Tensor, value: Tensor) -> bool:
+    return (
+        term.requires_grad and torch.autograd.grad(term, [value], allow_unused=True, retain_graph=True)[0] is not None
+    )
+
+
+def _values(trace: Any) -> dict[str, Tensor]:
+    """Values of sample sites and deterministic sites of a trace."""
+    from pyro.poutine.util import site_is_subsample
+
+    return {
+        n: node["value"]
+        for n, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not isinstance(unwrap(node["fn"]), dist.Unit)
+        and isinstance(node["value"], Tensor)
+    }

@@ -1,0 +1,371 @@
+"""One run of a Pyro model with its latents, data, parameters and subsample indices set from outside.
+
+This file is the only one that knows Pyro's messages. `run_model` returns Pyro's trace; `read_sites` turns a trace into
+the facts that engines ask for; `Layout` places the latents of one draw on R^n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ppl.errors import DataError, ProgramError, ShapeError
+
+__all__ = ["Layout", "Leaf", "Run", "Site", "log_prob_of", "read_sites", "run_model", "settings", "unwrap"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a program knows of one of its sites.
+
+    Args:
+        name: the name in `pyro.sample`.
+        shape: shape of one draw, plates first, subsampled plates at full size.
+        event_dim: number of rightmost axes that belong to one event.
+        plates: names of the plates around the site, outermost first.
+        support: the constraint on its values.
+        observed: whether it carries data.
+        discrete: whether its support is discrete.
+        subsampled: names of the plates around it that show only part of their data at a time.
+        capabilities: what its distribution can do (`"denoiser"`, `"noise_space"`, `"gaussian"`, `"enumerable"`, ...).
+        distribution: the distribution of the first run; the same object in every run when `static`.
+        static: whether the distribution depends on no other latent site.
+    """
+
+    name: str
+    shape: torch.Size
+    event_dim: int
+    plates: tuple[str, ...]
+    support: Any
+    observed: bool
+    discrete: bool
+    subsampled: tuple[str, ...]
+    capabilities: frozenset[str]
+    distribution: Any = field(repr=False)
+    static: bool = False
+    frames: tuple[Any, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Place of one latent site in the flat vector: `z[start:stop]`, reshaped to `shape` (unconstrained, full plates)."""
+
+    site: str
+    start: int
+    stop: int
+    shape: torch.Size
+    noise: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places of all continuous latent sites of one draw on R^n."""
+
+    leaves: dict[str, Leaf]
+    dim: int
+
+    @classmethod
+    def of(cls, sites: Mapping[str, Site], lifted: frozenset[str]) -> Layout:
+        """Lay out continuous latents in program order; lifted sites are laid out in their noise."""
+        leaves, start = {}, 0
+        for name, site in sites.items():
+            if site.observed or site.discrete:
+                continue
+            if name in lifted:
+                fn = site.distribution
+                base = unwrap(fn)
+                shape = site.shape[: len(site.shape) - len(base.event_shape)] + base.noise_shape
+            else:
+                shape = biject_to(site.support).inverse_shape(site.shape)
+            stop = start + math.prod(shape)
+            leaves[name] = Leaf(name, start, stop, torch.Size(shape), noise=name in lifted)
+            start = stop
+        return cls(leaves, start)
+
+
+@dataclass
+class Run:
+    """What is set from outside for one run of a model.
+
+    Args:
+        values: latent values by site, plates at full size.
+        z: flat vector (n,) from which the sites of `layout` that are not in `values` are built.
+        layout: places of the sites in `z`.
+        data: observed values that replace those in the model.
+        indices: subsample indices by plate.
+        params: learnable tensors by name, constrained.
+        functions: distributions that replace those in the model.
+        unscored: sites whose density is not counted; `None` scores all.
+        predict: draw observed sites anew instead of using their data.
+        enumerate_: marginalise discrete latents.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    z: Tensor | None = None
+    layout: Layout | None = None
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+    functions: Mapping[str, Any] = field(default_factory=dict)
+    unscored: frozenset[str] = frozenset()
+    predict: bool = False
+    enumerate_: bool = False
+
+
+class _Setter(Messenger):
+    """Sets values, data, indices and parameters; collects the log-Jacobian and the unconstrained values."""
+
+    def __init__(self, run: Run, visit: Callable[[str], None]) -> None:
+        super().__init__()
+        self.run, self.visit = run, visit
+        self.log_jacobian: Tensor | float = 0.0
+        self.unconstrained: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        run, name = self.run, msg["name"]
+        self.visit(name)
+        if site_is_subsample(msg):
+            if name in run.indices:
+                msg["value"] = run.indices[name]
+            return
+        if name in run.functions:
+            msg["fn"] = run.functions[name]
+        if is_data(msg):
+            if run.predict:
+                msg["is_observed"], msg["value"] = False, None
+            elif name in run.data:
+                msg["value"] = run.data[name]
+            return
+        if msg["is_observed"]:  # deterministic sites and factors
+            return
+        leaf = run.layout.leaves.get(name) if run.layout is not None else None
+        if name in run.values:
+            msg["value"] = value = gather(run.values[name], msg, run.indices)
+            if leaf is not None and not leaf.noise and run.z is None:
+                self.unconstrained[name] = biject_to(msg["fn"].support).inv(value)
+        elif leaf is not None and run.z is not None:
+            self._from_flat(msg, leaf)
+        elif isinstance(unwrap(msg["fn"]), dist.ImproperUniform):
+            transform = biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.rand(transform.inverse_shape(msg["fn"].shape())) * 2 - 1)
+        if name in run.unscored and msg["value"] is not None:
+            msg["fn"] = dist.Delta(msg["value"], event_dim=msg["fn"].event_dim).mask(False)
+
+    def _from_flat(self, msg: Any, leaf: Leaf) -> None:
+        assert self.run.z is not None
+        fn = msg["fn"]
+        u = gather(self.run.z[leaf.start : leaf.stop].reshape(leaf.shape), msg, self.run.indices)
+        if leaf.noise:
+            value = unwrap(fn).from_noise(u)
+            msg["value"], msg["fn"] = value, dist.Delta(value, event_dim=fn.event_dim).mask(False)
+            self.log_jacobian = self.log_jacobian + dist.Normal(0.0, 1.0).log_prob(u).sum()
+            return
+        transform = biject_to(fn.support)
+        value = msg["value"] = transform(u)
+        scale = math.prod(f.full_size / f.size for f in msg["cond_indep_stack"] if f.full_size not in (None, f.size))
+        self.log_jacobian = self.log_jacobian + scale * transform.log_abs_det_jacobian(u, value).sum()
+        mask = _static_mask(msg)
+        if mask is not None and fn.event_dim == 0:
+            # A masked latent has a flat density; a standard normal in its place is independent of all else.
+            self.log_jacobian = self.log_jacobian + torch.where(mask, 0.0, -0.5 * u.square()).sum()
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.run.params:
+            msg["value"], msg["done"] = self.run.params[msg["name"]], True
+
+
+def _static_mask(msg: Any) -> Tensor | None:
+    fn = msg["fn"]
+    mask = getattr(fn, "_mask", None) if isinstance(fn, dist.MaskedDistribution) else msg["mask"]
+    if mask is False:
+        mask = torch.zeros(fn.batch_shape, dtype=torch.bool)
+    return mask if isinstance(mask, Tensor) else None
+
+
+def gather(value: Tensor, msg: Any, indices: Mapping[str, Tensor]) -> Tensor:
+    """The rows of a full-size value that the subsampled plates around a site show."""
+    for frame in msg["cond_indep_stack"]:
+        if frame.name in indices and frame.dim is not None:
+            axis = value.ndim - msg["fn"].event_dim + frame.dim
+            value = value.index_select(axis, indices[frame.name])
+    return value
+
+
+def is_data(msg: Mapping[str, Any]) -> bool:
+    """Whether a sample message or trace node carries data (not a deterministic value, a factor or plate indices)."""
+    return bool(
+        msg["type"] == "sample"
+        and msg["is_observed"]
+        and not msg["infer"].get("_deterministic", False)
+        and not site_is_subsample(msg)
+        and not isinstance(unwrap(msg["fn"]), dist.Unit)
+        and not (isinstance(unwrap(msg["fn"]), dist.Delta) and isinstance(msg["fn"], dist.MaskedDistribution))
+    )
+
+
+def unwrap(fn: Any) -> Any:
+    """The distribution below `to_event`, `mask` and a generic `expand`."""
+    while True:
+        if isinstance(fn, dist.Independent | ExpandedDistribution | dist.MaskedDistribution) or (
+            isinstance(fn, torch.distributions.Independent)
+        ):
+            fn = fn.base_dist
+        else:
+            return fn
+
+
+@contextmanager
+def settings(dtype: torch.dtype, validate: bool) -> Iterator[None]:
+    """Default dtype, validation and an own parameter store while a model runs; all restored."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with pyro.validation_enabled(validate), pyro.get_param_store().scope():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run_model(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    run: Run,
+    *,
+    nesting: int = 0,
+    visit: Callable[[str], None] = lambda name: None,
+) -> tuple[Any, _Setter]:
+    """Run a model once under `settings`; returns Pyro's trace and the setter that holds the log-Jacobian."""
+    setter = _Setter(run, visit)
+    target = model
+    if run.enumerate_:
+        enum = pyro.poutine.enum(first_available_dim=-1 - nesting)
+        target = enum(pyro.infer.config_enumerate(model, default="parallel"))
+    trace = pyro.poutine.trace(setter(target)).get_trace(*args, **kwargs)
+    return trace, setter
+
+
+def log_prob_of(trace: Any, names: Callable[[Any], bool], *, enumerated: bool, nesting: int) -> Tensor:
+    """Sum of the log densities of the sites that `names` selects, scaled and masked; enumerated sites summed out."""
+    if enumerated:
+        return TraceEinsumEvaluator(trace, True, nesting).log_prob(trace)
+    from pyro.distributions.util import scale_and_mask
+
+    total: Any = torch.zeros(())
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or site_is_subsample(node) or not names(node):
+            continue
+        if node["mask"] is False:
+            continue
+        fn = node["fn"]
+        if isinstance(fn, dist.MaskedDistribution) and isinstance(fn.base_dist, dist.Delta):
+            continue
+        log_prob = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+        total = total + scale_and_mask(log_prob, node["scale"], node["mask"]).sum()
+    return total
+
+
+def read_sites(trace: Any) -> dict[str, Site]:
+    """The latent and observed sites of a trace, in program order."""
+    sites = {}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or (node["is_observed"] and not is_data(node)):
+            continue
+        fn, value = node["fn"], node["value"]
+        frames = tuple(f for f in node["cond_indep_stack"] if f.vectorized)
+        shape = list(value.shape)
+        for frame in frames:
+            if frame.full_size is not None:
+                shape[value.ndim - fn.event_dim + frame.dim] = frame.full_size
+        base = unwrap(fn)
+        capabilities = set(getattr(base, "capabilities", ()))
+        if fn.has_enumerate_support:
+            capabilities.add("enumerable")
+        sites[name] = Site(
+            name=name,
+            shape=torch.Size(shape),
+            event_dim=fn.event_dim,
+            plates=tuple(f.name for f in sorted(frames, key=lambda f: f.dim)),
+            support=fn.support,
+            observed=bool(node["is_observed"]),
+            discrete=bool(fn.support.is_discrete),
+            subsampled=tuple(f.name for f in frames if f.full_size not in (None, f.size)),
+            capabilities=frozenset(capabilities),
+            distribution=fn,
+            frames=frames,
+        )
+    return sites
+
+
+def check_observations(trace: Any) -> None:
+    """Data are finite, of the shape their distribution has, and inside its support."""
+    for name, node in trace.nodes.items():
+        if not is_data(node):
+            continue
+        fn, value = node["fn"], node["value"]
+        if not isinstance(value, Tensor):
+            raise DataError(f"observed site {name!r} has data of type {type(value).__name__}, expected a torch tensor")
+        expected = fn.shape()
+        if value.shape != expected:
+            raise ShapeError(
+                f"observed site {name!r} has data of shape {tuple(value.shape)}, but its distribution has shape "
+                f"{tuple(expected)}; put the site in a pyro.plate, declare its event axes with .to_event(n), or reshape "
+                "the data"
+            )
+        if value.is_floating_point() or value.is_complex():
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise DataError(
+                    f"observed site {name!r} has {bad} of {value.numel()} values that are NaN or infinite; "
+                    "remove them, or leave them out with obs_mask after replacing them by any finite number"
+                )
+        if "denoiser" in getattr(unwrap(fn), "capabilities", ()):
+            continue
+        inside = fn.support.check(value)
+        mask = node["mask"]
+        if isinstance(mask, Tensor):
+            inside = inside | ~mask
+        if mask is not False and not bool(torch.as_tensor(inside).all()):
+            raise DataError(
+                f"observed site {name!r} has data outside the support of {type(unwrap(fn)).__name__} ({fn.support}); "
+                "check the units and the type of the data, or choose a distribution that covers them"
+            )
+
+
+def check_latents(sites: Mapping[str, Site], data_dtype: torch.dtype | None, data_device: torch.device) -> None:
+    """There is something to infer, and priors live where the data live."""
+    latents = [s for s in sites.values() if not s.observed]
+    if not latents:
+        raise ProgramError(
+            "the model has no latent site: there is nothing to infer. Expected at least one pyro.sample without obs=; "
+            "pyro.param declares point estimates only"
+        )
+    for site in latents:
+        base = unwrap(site.distribution)
+        if "denoiser" not in site.capabilities:
+            continue
+        dtype, device = getattr(base, "dtype", None), getattr(base, "device", None)
+        if data_dtype is not None and dtype is not None and dtype != data_dtype:
+            raise DataError(
+                f"the prior of site {site.name!r} computes in {dtype}, but the data are {data_dtype}; convert the data "
+                f"with .to({dtype}) or the prior with prior.to(dtype={data_dtype})"
+            )
+        if device is not None and torch.device(device).type != data_device.type:
+            raise DataError(
+                f"the prior of site {site.name!r} is on {device}, but the data are on {data_device}; "
+                f"move one of them with .to(...)"
+            )
