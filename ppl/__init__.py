@@ -1,3 +1,41 @@
-"""Programs in, posteriors out."""
+"""Programs in, posteriors out: Pyro models with data, and the engines that infer their latents."""
 
+from __future__ import annotations
+
+from ppl.backend import Backend, infer, register
+from ppl.errors import (
+    CapabilityError,
+    CheckpointError,
+    DataError,
+    NotFiniteError,
+    OptionError,
+    PilotlightError,
+    ProgramError,
+    ShapeError,
+    TraceError,
+    WeightsError,
+)
+from ppl.monitor import Event, Monitor
+from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
+
+__all__ = [
+    "Backend",
+    "CapabilityError",
+    "CheckpointError",
+    "DataError",
+    "Estimate",
+    "Event",
+    "Monitor",
+    "NotFiniteError",
+    "OptionError",
+    "PilotlightError",
+    "Posterior",
+    "Program",
+    "ProgramError",
+    "ShapeError",
+    "TraceError",
+    "WeightsError",
+    "infer",
+    "register",
+]

@@ -149,12 +149,16 @@ class Program:
         """What the graph engine decided and why."""
         return [note for f in self._functions.values() for note in f.notes]
 
+    def observed_data(self) -> dict[str, Tensor]:
+        """The data by observed site; with a leading problem axis where problems differ."""
+        return {n: self._stacked.get(f"data.{n}", v) for n, v in self.data.items()}
+
     def fingerprint(self) -> str:
         """A hash of the sites and the data; equal for the same problem, in every process."""
         digest = hashlib.sha256()
         for name, site in self.sites.items():
             digest.update(f"{name}{tuple(site.shape)}{site.observed}{site.plates}".encode())
-        for name, value in self._shared().items():
+        for name, value in {**self._shared(), **self._stacked}.items():
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -1,0 +1,257 @@
+"""What an inference backend is, and `infer`, the one door to all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ppl.cost import Cost
+from ppl.errors import CapabilityError, OptionError, ProgramError
+from ppl.monitor import Event, Monitor
+from ppl.posterior import Estimate, Posterior
+from ppl.program import Program
+
+__all__ = ["Backend", "Exactness", "fitting", "infer", "register", "registered"]
+
+Exactness = Literal["never", "in_the_limit", "always"]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Turns a program into a posterior. Backends are frozen dataclasses whose fields are their options.
+
+    Class data:
+        exact: whether the error vanishes as compute grows, relative to the discretised prior.
+        limit: what has to grow ("draws", "particles", "steps"), for `exact="in_the_limit"`.
+        exact_when: conditions on the program ("gaussian_prior", "linear_operator"), all of which must hold.
+        needs: capabilities asked of the program's latent sites; each must be offered by at least one.
+        default_chains: chains when the caller names none.
+        batches_problems: whether `run` takes `program.over(...)` as it is; otherwise problems run in turn.
+    """
+
+    exact: ClassVar[Exactness]
+    limit: ClassVar[tuple[str, ...]]
+    exact_when: ClassVar[tuple[str, ...]]
+    needs: ClassVar[frozenset[str]]
+    default_chains: ClassVar[int]
+    batches_problems: ClassVar[bool]
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Draw `draws` per chain from the posterior of `program`."""
+        ...
+
+
+B = TypeVar("B", bound=type)
+_REGISTRY: dict[str, type] = {}
+
+
+def register(backend: B) -> B:
+    """Make a backend class known, so that errors can name it as one that would fit; a class decorator."""
+    missing = [n for n in Backend.__annotations__ if not hasattr(backend, n)]
+    if missing or not callable(getattr(backend, "run", None)):
+        raise TypeError(f"{backend.__name__} is no backend: it lacks {', '.join(missing) or 'run'}")
+    _REGISTRY[backend.__name__] = backend
+    return backend
+
+
+def registered() -> dict[str, type]:
+    """All backends whose packages are imported, by name."""
+    return dict(_REGISTRY)
+
+
+def fitting(program: Program) -> list[str]:
+    """Names of the registered backends whose needs the program meets."""
+    return [name for name, backend in sorted(_REGISTRY.items()) if not _lacking(backend, program)]
+
+
+def _lacking(backend: Any, program: Program) -> set[str]:
+    offered = frozenset().union(*program.capabilities.values())
+    lacking = set(backend.needs - offered)
+    if "denoiser" in offered and not backend.needs:  # a generic engine cannot hold a diffusion site
+        lacking.add("noise space: ppl.NoiseSpace(engine)")
+    return lacking
+
+
+def check_capabilities(backend: Any, program: Program) -> None:
+    """Raise CapabilityError when the program's sites do not offer what a backend needs.
+
+    Raises:
+        CapabilityError: naming what is missing, what the sites offer and the backends that would fit.
+    """
+    lacking = _lacking(backend, program)
+    if lacking:
+        offers = {n: sorted(c) for n, c in program.capabilities.items()}
+        raise CapabilityError(
+            f"{type(backend).__name__} needs {sorted(lacking)}, but the latent sites offer {offers}; backends that fit "
+            f"this program: {', '.join(fitting(program)) or 'none'}"
+        )
+
+
+def infer(
+    program: Program,
+    backend: Backend,
+    draws: int = 1000,
+    chains: int | None = None,
+    seed: int = 0,
+    *,
+    callback: Callable[[Event], bool | None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 30.0,
+    progress: bool | Literal["force"] = False,
+) -> Posterior:
+    """Run a backend on a program.
+
+    Args:
+        program: the model and its data; `program.over(...)` solves many problems.
+        backend: how to infer, such as `ppl.NUTS()` or `inverse.TwistedSMC()`.
+        draws: draws per chain.
+        chains: independent runs; the backend's own default when `None`.
+        seed: same seed, same draws.
+        callback: called with an `Event` after each step; returning True stops the run.
+        checkpoint: folder for checkpoints; a run that was killed goes on from there when called again.
+        checkpoint_every: seconds between checkpoints; 0 writes at every chance.
+        progress: show a progress bar with the cost so far.
+
+    Returns:
+        The posterior; `complete` is False after Ctrl-C or a callback stopped the run.
+
+    Raises:
+        CapabilityError: the backend needs what the program's sites do not offer.
+        ProgramError: the program has nothing observed, or a site that the backend cannot hold.
+        OptionError: an option has a value it cannot have.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from ppl import NUTS, Program, infer
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> posterior = infer(Program(model, torch.tensor(2.0)), NUTS(warmup=200), draws=200, chains=2)
+        >>> posterior["mu"].shape
+        torch.Size([2, 200])
+    """
+    if not isinstance(program, Program):
+        raise OptionError(
+            f"expected a ppl.Program, got {type(program).__name__}; wrap the model: ppl.Program(model, data)"
+        )
+    if isinstance(backend, type) or not isinstance(backend, Backend):
+        what = (
+            f"the class {backend.__name__}; call it: {backend.__name__}()"
+            if isinstance(backend, type)
+            else repr(backend)
+        )
+        raise OptionError(f"expected a backend such as ppl.NUTS(), got {what}")
+    chains = backend.default_chains if chains is None else chains
+    if draws < 1 or chains < 1:
+        raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
+    if not program.observed:
+        raise ProgramError(
+            "the program has no observed site: there is nothing to condition on. Give at least one pyro.sample data "
+            "with obs=; to draw from the prior use program.simulate(generator)"
+        )
+    check_capabilities(backend, program)
+    generator = torch.Generator(program.device).manual_seed(seed)
+    fingerprint = {
+        "program": program.fingerprint(),
+        "backend": hashlib.sha256(repr(backend).encode()).hexdigest(),
+        "run": f"draws={draws} chains={chains} seed={seed}",
+    }
+    monitor = Monitor(
+        progress=progress,
+        callback=callback,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        generator=generator,
+        fingerprint=fingerprint,
+    )
+    with monitor:
+        if program.problems is None or backend.batches_problems:
+            posterior = backend.run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)
+        else:
+            posterior = _in_turn(program, backend, draws, chains, generator, monitor)
+    attrs: dict[str, Any] = {
+        "backend": type(backend).__name__,
+        "options": repr(backend),
+        "exact": backend.exact,
+        "seed": seed,
+        **posterior.attrs,
+        "complete": posterior.attrs.get("complete", True) and not monitor.interrupted,
+        "notes": [*monitor.notes, *(n for n in program.notes if n not in monitor.notes)],
+    }
+    if monitor.stop_reason:
+        attrs["stopped"] = monitor.stop_reason
+    if program.problems is not None:
+        attrs["problems"] = program.problems
+    monitor.done()
+    return replace(
+        posterior,
+        cost=monitor.cost.copy(),
+        dims=_dims(program, posterior) | dict(posterior.dims),
+        observed=dict(program.observed_data()),
+        attrs=attrs,
+    )
+
+
+def _in_turn(
+    program: Program, backend: Backend, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+) -> Posterior:
+    """Problems one after the other, for backends that take one at a time; stacked along a leading problem axis."""
+    assert program.problems is not None
+    parts: list[Posterior] = []
+    seeds = torch.randint(2**31 - 1, (program.problems,), generator=generator, device=generator.device).tolist()
+    for i in monitor.steps(program.problems, "problems"):
+        with monitor.section(f"problem {i}"):
+            own = torch.Generator(generator.device).manual_seed(seeds[i])
+            part = backend.run(program.problem(i), draws=draws, chains=chains, generator=own, monitor=monitor)
+        parts.append(part)
+    return stack_problems(parts, program.problems)
+
+
+def stack_problems(parts: list[Posterior], problems: int) -> Posterior:
+    """One posterior with a leading problem axis; after an interruption only the problems that were finished."""
+    length = min(p.shape[-1] for p in parts)
+
+    def stack(values: list[Tensor]) -> Tensor:
+        return torch.stack(values)
+
+    cut = [{n: v[:, :length] for n, v in p.draws.items()} for p in parts]
+    weights = [p.log_weight[:, :length] for p in parts if p.log_weight is not None]
+    evidence = [p.log_evidence for p in parts if p.log_evidence is not None]
+    complete = len(parts) == problems and all(p.complete for p in parts)
+    common = set.intersection(*(set(p.info) for p in parts))
+    info = {n: stack([p.info[n] for p in parts]) for n in common if len({p.info[n].shape for p in parts}) == 1}
+    return Posterior(
+        draws={n: stack([c[n] for c in cut]) for n in cut[0]},
+        log_weight=stack(weights) if len(weights) == len(parts) else None,
+        log_evidence=Estimate(stack([e.value for e in evidence]), stack([e.stderr for e in evidence]))
+        if len(evidence) == len(parts)
+        else None,
+        info=info,
+        cost=Cost(),
+        attrs={"problems": len(parts), "complete": complete},
+    )
+
+
+def _dims(program: Program, posterior: Posterior) -> Mapping[str, tuple[str, ...]]:
+    """Names of the axes behind (chain, draw): plates by their names, event axes by the site's."""
+    dims: dict[str, tuple[str, ...]] = {}
+    lead = 3 if program.problems is not None else 2
+    for name, site in program.sites.items():
+        size = len(site.shape)
+        batch = size - site.event_dim
+        by_axis = {f.dim: f.name for f in site.frames}
+        names = tuple(
+            by_axis.get(axis - batch, f"{name}_dim_{axis}") if axis < batch else f"{name}_dim_{axis}"
+            for axis in range(size)
+        )
+        if site.observed or (name in posterior.draws and posterior.draws[name].ndim == lead + size):
+            dims[name] = names
+    return dims
