@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ppl.errors import OptionError, ShapeError
 
@@ -112,6 +113,15 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        # Modules draw default weights from the global generator, all of which are drawn again below.
+        with torch.random.fork_rng(devices=[]):
+            self._build(config)
+        self._initialise(generator or torch.Generator().manual_seed(0))
+        # Convolutions read the layout off their weights; this one is three times faster on a CPU.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _build(self, config: UNetConfig) -> None:
+        """Make the modules."""
         channels = config.event_shape[0] * config.patch**2
         widths, emb = config.widths, config.embedding
         # Periods from 4 down to 1/8 in ln(sigma) / 4: smooth in sigma, so derivatives along the schedule stay tame.
@@ -144,11 +154,8 @@ class UNet(nn.Module):
                 self.grow.append(nn.Conv2d(w, widths[level - 1], 3, padding=1))
                 width = widths[level - 1]
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.norm = nn.GroupNorm(_GROUPS, width)
+        self.norm = _Norm(_GROUPS, width)
         self.head = nn.Conv2d(width, channels, 3, padding=1)
-        self._initialise(generator or torch.Generator().manual_seed(0))
-        # Convolutions read the layout off their weights; this one is three times faster on a CPU.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise_level: Tensor, label: Tensor | None = None) -> Tensor:
         """The raw network output.
@@ -172,7 +179,7 @@ class UNet(nn.Module):
                 "flatten leading axes into one batch axis first"
             )
         emb = self._embed(x.shape[0], noise_level, label)
-        h = self.stem(F.pixel_unshuffle(x, config.patch))
+        h = self.stem(_fold(x, config.patch))
         skips = []
         for level, blocks in enumerate(self.down):
             for block in blocks:  # type: ignore[attr-defined]
@@ -187,7 +194,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), config.patch)
+        return _unfold(self.head(F.silu(self.norm(h))), config.patch)
 
     def _embed(self, batch: int, noise_level: Tensor, label: Tensor | None) -> Tensor:
         """(batch, embedding): noise level and label together."""
@@ -220,15 +227,38 @@ class UNet(nn.Module):
         self.head.weight.zero_()
 
 
+def _fold(x: Tensor, patch: int) -> Tensor:
+    """Squares of patch x patch pixels into channels; torch's pixel_unshuffle fails for an empty batch."""
+    batch, channels, rows, columns = x.shape
+    x = x.reshape(batch, channels, rows // patch, patch, columns // patch, patch).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, channels * patch**2, rows // patch, columns // patch)
+
+
+def _unfold(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `_fold`."""
+    batch, channels, rows, columns = x.shape
+    x = x.reshape(batch, channels // patch**2, patch, patch, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, channels // patch**2, rows * patch, columns * patch)
+
+
+class _Norm(nn.GroupNorm):
+    """GroupNorm whose forward-mode derivative also takes channels-last images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The jvp of torch's group norm views its input, which channels-last strides do not allow; the copy costs
+        # reverse mode a third, so it is made only inside forward mode.
+        return super().forward(x.contiguous() if forward_ad._current_level >= 0 else x)
+
+
 class _Residual(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))) (1 + scale) + shift)), scale and shift from the embedding."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
         super().__init__()
-        self.norm_first = nn.GroupNorm(_GROUPS, inputs)
+        self.norm_first = _Norm(_GROUPS, inputs)
         self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.film = nn.Linear(embedding, 2 * outputs)
-        self.norm_second = nn.GroupNorm(_GROUPS, outputs)
+        self.norm_second = _Norm(_GROUPS, outputs)
         self.dropout = nn.Dropout(dropout)
         self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
@@ -246,7 +276,7 @@ class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(_GROUPS, width)
+        self.norm = _Norm(_GROUPS, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
 
