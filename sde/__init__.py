@@ -1,1 +1,80 @@
-"""placeholder"""
+"""Diffusion priors as Pyro distributions, in the noise coordinate x_sigma = x_0 + sigma n.
+
+`DiffusionPrior` turns any denoiser into a distribution; `GaussianMixture` has the same interface with exact answers. Schedules and
+wrappers (`EpsDenoiser`, ...) bring in networks that were trained in other coordinates; solvers are steps of the reverse process.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DDIM",
+    "Ancestral",
+    "CallCount",
+    "Cosine",
+    "CovarianceCorrected",
+    "DPMSolver2M",
+    "DPMSolver2MSDE",
+    "Denoiser",
+    "DenoisingPrior",
+    "DenseCovariance",
+    "DiffusionPrior",
+    "EDMDenoiser",
+    "EDMHeun",
+    "EpsDenoiser",
+    "Estimate",
+    "GaussianMixture",
+    "NetworkCovariance",
+    "RectifiedFlow",
+    "Schedule",
+    "ScoreDenoiser",
+    "Solver",
+    "SubspaceCovariance",
+    "Transition",
+    "TweedieCovariance",
+    "VDenoiser",
+    "VarianceExploding",
+    "VariancePreserving",
+    "VelocityDenoiser",
+    "call_denoiser",
+    "count_calls",
+    "edm_grid",
+    "log_grid",
+    "sample",
+]
+
+from sde.covariance import DenseCovariance, NetworkCovariance, SubspaceCovariance, TweedieCovariance
+from sde.denoiser import (
+    CallCount,
+    Denoiser,
+    EDMDenoiser,
+    EpsDenoiser,
+    ScoreDenoiser,
+    VDenoiser,
+    VelocityDenoiser,
+    call_denoiser,
+    count_calls,
+)
+from sde.diffusion import DiffusionPrior
+from sde.log_density import Estimate
+from sde.mixture import GaussianMixture
+from sde.prior import DenoisingPrior
+from sde.schedule import (
+    Cosine,
+    RectifiedFlow,
+    Schedule,
+    VarianceExploding,
+    VariancePreserving,
+    edm_grid,
+    log_grid,
+)
+from sde.solvers import (
+    DDIM,
+    Ancestral,
+    CovarianceCorrected,
+    DPMSolver2M,
+    DPMSolver2MSDE,
+    EDMHeun,
+    Solver,
+    Transition,
+    sample,
+)

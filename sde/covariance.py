@@ -1,0 +1,327 @@
+r"""Tweedie covariances Cov[x_0 | x_sigma = x] = sigma^2 dD/dx as linear operators, one per row of a batch.
+
+All of them act on vectors of shape (*extra, *batch, *event), where batch is that of x, and all of them carry
+`mean` = D(x, sigma), so that one evaluation serves both moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Size, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["DenseCovariance", "NetworkCovariance", "SubspaceCovariance", "TweedieCovariance"]
+
+
+@runtime_checkable
+class TweedieCovariance(Protocol):
+    """A symmetric positive semi-definite operator C for every row of a batch."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(*batch, *event) the posterior mean E[x_0 | x] that belongs to this covariance."""
+        ...
+
+    @property
+    def noise_shape(self) -> Size:
+        """Shape of the standard normal noise that `sample` takes for one row."""
+        ...
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """C v, for v: (*extra, *batch, *event)."""
+        ...
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """L noise with L L^T = C, for noise: (*extra, *batch, *noise_shape)."""
+        ...
+
+    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
+        """(C + shift I)^{-1} v, for v: (*extra, *batch, *event); shift is 0-d."""
+        ...
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> TweedieCovariance:
+        """The operator scale C + shift I, for 0-d scale and shift."""
+        ...
+
+    def dense(self) -> Tensor:
+        """(*batch, d, d) the matrices, over the flattened event; for small events."""
+        ...
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """L with L L^T = matrix, row by row: Cholesky, or the eigenvectors where rounding made it indefinite."""
+    if matrix.shape[-1] == 0:
+        return matrix
+    root, info = torch.linalg.cholesky_ex(matrix)
+    failed = info > 0
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(matrix)
+        root = torch.where(failed[..., None, None], vectors * values.clamp(min=0).sqrt()[..., None, :], root)
+    return root
+
+
+def _flat(v: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
+    """(*extra, rows, d) from (*extra, *batch, *event)."""
+    if v.shape[v.ndim - mean.ndim :] != mean.shape:
+        raise ValueError(
+            f"the covariance was taken at a batch of shape {tuple(mean.shape)}; it acts on vectors that end in this "
+            f"shape, got {tuple(v.shape)}; expand them to the batch"
+        )
+    batch = mean.ndim - len(event_shape)
+    extra = v.shape[: v.ndim - mean.ndim]
+    return v.reshape(*extra, math.prod(mean.shape[:batch]), event_shape.numel())
+
+
+def _apply(matrices: Tensor, v: Tensor) -> Tensor:
+    """(rows or 1, m, m) times (*extra, rows, m)."""
+    if matrices.shape[0] == 1:
+        return v @ matrices[0].mT
+    return (matrices @ v[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class SubspaceCovariance:
+    r"""C = a I + B (H - a I) B^T with orthonormal B: dense in a small subspace, isotropic outside.
+
+    B holds the columns of `basis`, shared by all rows, and at most one more direction of its own for every row. Nothing
+    of size d x d is built for a row unless the subspace is everything.
+
+    Args:
+        mean: (*batch, *event).
+        event_shape: shape of one event, d entries.
+        core: H, (rows or 1, m, m), symmetric positive semi-definite.
+        outside: a, (rows or 1,), variance outside the subspace.
+        basis: (d, q) orthonormal columns; None for the whole space.
+        extra: (rows, d) unit vectors orthogonal to the basis, or zero, or None.
+    """
+
+    mean: Tensor
+    event_shape: Size
+    core: Tensor
+    outside: Tensor
+    basis: Tensor | None = None
+    extra: Tensor | None = None
+
+    @property
+    def noise_shape(self) -> Size:
+        """Shape of the noise of one row: the event's own."""
+        return self.event_shape
+
+    def _coordinates(self, v: Tensor) -> Tensor:
+        """B^T v."""
+        inside = v if self.basis is None else v @ self.basis
+        return inside if self.extra is None else torch.cat([inside, (v * self.extra).sum(-1, keepdim=True)], -1)
+
+    def _lift(self, coordinates: Tensor) -> Tensor:
+        """B times coordinates."""
+        if self.basis is None:
+            return coordinates
+        q = self.basis.shape[1]
+        inside = coordinates[..., :q] @ self.basis.T
+        return inside if self.extra is None else inside + coordinates[..., q:] * self.extra
+
+    def _spectral(self, v: Tensor, inside: Callable[[Tensor], Tensor], outside: Tensor) -> Tensor:
+        """Apply one map inside the subspace and a multiple of the identity outside."""
+        flat = _flat(v, self.mean, self.event_shape)
+        c = self._coordinates(flat)
+        if self.basis is None:
+            return inside(c).reshape(v.shape)
+        a = outside[:, None]
+        return (a * (flat - self._lift(c)) + self._lift(inside(c))).reshape(v.shape)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """C v, for v: (*extra, *batch, *event)."""
+        return self._spectral(v, lambda c: _apply(self.core, c), self.outside)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """L with L L^T = H."""
+        return symmetric_root(self.core)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """C^(1/2) noise, for noise: (*extra, *batch, *event)."""
+        return self._spectral(noise, lambda c: _apply(self._root, c), self.outside.sqrt())
+
+    def _shifted(self, scale: Tensor | float, shift: Tensor | float) -> Tensor:
+        """scale H + shift I."""
+        eye = torch.eye(self.core.shape[-1], dtype=self.core.dtype, device=self.core.device)
+        return scale * self.core + shift * eye
+
+    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
+        """(C + shift I)^{-1} v, for v: (*extra, *batch, *event); shift is 0-d."""
+        factor = torch.linalg.cholesky(self._shifted(1.0, shift))
+
+        def inside(c: Tensor) -> Tensor:
+            if factor.shape[0] == 1:
+                return torch.cholesky_solve(c.reshape(-1, c.shape[-1]).T, factor[0]).T.reshape(c.shape)
+            columns = c.reshape(-1, *c.shape[-2:]).permute(1, 2, 0)
+            return torch.cholesky_solve(columns, factor).permute(2, 0, 1).reshape(c.shape)
+
+        return self._spectral(v, inside if self.core.shape[-1] else lambda c: c, 1 / (self.outside + shift))
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> SubspaceCovariance:
+        """The operator scale C + shift I, for 0-d scale and shift."""
+        core, outside = self._shifted(scale, shift), scale * self.outside + shift
+        return SubspaceCovariance(self.mean, self.event_shape, core, outside, self.basis, self.extra)
+
+    def dense(self) -> Tensor:
+        """(*batch, d, d) the matrices, over the flattened event."""
+        return _dense(self.matvec, self.mean, self.event_shape)
+
+
+def _dense(matvec: Callable[[Tensor], Tensor], mean: Tensor, event_shape: Size) -> Tensor:
+    """(*batch, d, d), column by column."""
+    batch = mean.shape[: mean.ndim - len(event_shape)]
+    d = event_shape.numel()
+    eye = torch.eye(d, dtype=mean.dtype, device=mean.device).reshape(d, *[1] * len(batch), *event_shape)
+    columns = matvec(eye.expand(d, *mean.shape)).reshape(d, *batch, d)
+    return columns.movedim(0, -1)
+
+
+@dataclass(frozen=True)
+class DenseCovariance:
+    """C as a matrix for every row, in its eigenvectors; eigenvalues below zero count as zero.
+
+    Args:
+        mean: (*batch, *event).
+        event_shape: shape of one event, d entries.
+        values: (rows, d) eigenvalues, zero or more.
+        vectors: (rows, d, d) eigenvectors, in columns.
+    """
+
+    mean: Tensor
+    event_shape: Size
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, mean: Tensor, event_shape: Size) -> DenseCovariance:
+        """From (*batch, d, d) symmetric matrices."""
+        d = event_shape.numel()
+        values, vectors = torch.linalg.eigh(matrix.reshape(-1, d, d))
+        return cls(mean, event_shape, values.clamp(min=0), vectors)
+
+    @property
+    def noise_shape(self) -> Size:
+        """Shape of the noise of one row: the event's own."""
+        return self.event_shape
+
+    def _spectral(self, v: Tensor, values: Tensor) -> Tensor:
+        """V diag(values) V^T v."""
+        flat = _flat(v, self.mean, self.event_shape)
+        return _apply(self.vectors, values * _apply(self.vectors.mT, flat)).reshape(v.shape)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """C v, for v: (*extra, *batch, *event)."""
+        return self._spectral(v, self.values)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """C^(1/2) noise, for noise: (*extra, *batch, *event)."""
+        return self._spectral(noise, self.values.sqrt())
+
+    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
+        """(C + shift I)^{-1} v, for v: (*extra, *batch, *event); shift is 0-d."""
+        return self._spectral(v, 1 / (self.values + shift))
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> DenseCovariance:
+        """The operator scale C + shift I, for 0-d scale and shift."""
+        return DenseCovariance(self.mean, self.event_shape, scale * self.values + shift, self.vectors)
+
+    def dense(self) -> Tensor:
+        """(*batch, d, d) the matrices, over the flattened event."""
+        matrix = self.vectors * self.values[:, None, :] @ self.vectors.mT
+        batch = self.mean.shape[: self.mean.ndim - len(self.event_shape)]
+        return matrix.reshape(*batch, *matrix.shape[-2:])
+
+
+class NetworkCovariance:
+    r"""C = sigma^2 (J + J^T) / 2 with J the Jacobian of a denoiser at x: one jvp and one vjp for every product.
+
+    An exact denoiser has a symmetric J; a network has nearly one, hence the average. `sample`, `solve`, `affine` and `dense` build the matrix
+    (d vjps per row, once) and take eigenvalues below zero as zero; they are offered up to `dense_limit` entries.
+
+    Args:
+        denoise: x -> D(x, sigma) at a fixed sigma, for x: (*batch, *event).
+        x: (*batch, *event) where the Jacobian is taken.
+        sigma: 0-d, or broadcastable over the batch.
+        event_shape: shape of one event.
+        dense_limit: most entries of an event for which the matrix is built.
+        on_product: called with the number of rows for every product with J or J^T.
+    """
+
+    def __init__(
+        self,
+        denoise: Callable[[Tensor], Tensor],
+        x: Tensor,
+        sigma: Tensor,
+        event_shape: Size,
+        dense_limit: int = 256,
+        on_product: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        self.event_shape, self.dense_limit = event_shape, dense_limit
+        self._denoise, self._x, self._on_product = denoise, x, on_product
+        self._rows = math.prod(x.shape[: x.ndim - len(event_shape)])
+        sigma = sigma.to(x)
+        self._variance = sigma.square().reshape(*sigma.shape, *[1] * len(event_shape))
+        # Flash and memory-efficient attention have no derivative of a derivative; the plain kernel has.
+        with sdpa_kernel(SDPBackend.MATH):
+            self.mean, self._vjp = torch.func.vjp(denoise, x)
+
+    @property
+    def noise_shape(self) -> Size:
+        """Shape of the noise of one row: the event's own."""
+        return self.event_shape
+
+    def vjp(self, v: Tensor) -> Tensor:
+        """J^T v, for v: (*batch, *event)."""
+        self._on_product(self._rows)
+        return self._vjp(v)[0]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v, for v: (*batch, *event); one more forward pass."""
+        self._on_product(self._rows)
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(self._denoise, (self._x,), (v,))[1]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """C v, for v: (*extra, *batch, *event); each of the `extra` vectors costs one jvp and one vjp."""
+        _flat(v, self.mean, self.event_shape)
+        parts = v.reshape(-1, *self.mean.shape)
+        products = [self._variance * (self.jvp(part) + self.vjp(part)) / 2 for part in parts]
+        return torch.stack(products).reshape(v.shape) if products else v.clone()
+
+    @cached_property
+    def _matrix(self) -> DenseCovariance:
+        """The symmetrised Jacobian, from vjps alone."""
+        d = self.event_shape.numel()
+        if d > self.dense_limit:
+            raise RuntimeError(
+                f"the covariance of a network is built up to {self.dense_limit} entries, and this event has {d}; use a solver "
+                "that needs products only (DPMSolver2MSDE), or raise dense_limit if memory allows"
+            )
+        transposed = _dense(lambda v: torch.stack([self.vjp(part) for part in v]), self.mean, self.event_shape)
+        variance = self._variance.reshape(self._variance.shape[: self._variance.ndim - len(self.event_shape)])
+        matrix = variance[..., None, None] * (transposed + transposed.mT) / 2
+        return DenseCovariance.from_matrix(matrix, self.mean, self.event_shape)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """C^(1/2) noise, for noise: (*extra, *batch, *event); small events only."""
+        return self._matrix.sample(noise)
+
+    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
+        """(C + shift I)^{-1} v, for v: (*extra, *batch, *event); small events only."""
+        return self._matrix.solve(v, shift)
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> DenseCovariance:
+        """The operator scale C + shift I; small events only."""
+        return self._matrix.affine(scale, shift)
+
+    def dense(self) -> Tensor:
+        """(*batch, d, d) the matrices; small events only."""
+        return self._matrix.dense()
