@@ -40,7 +40,8 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         tensor = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
         head = json.dumps([name, dtype_name(tensor.dtype), list(tensor.shape)])
         total.update(head.encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
