@@ -1,0 +1,131 @@
+"""An inverse problem as guided backends see it: one diffusion site of a program, its prior and its likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inverse.likelihood import Likelihood, read_likelihood
+from ppl.cost import Cost
+from ppl.program import Program
+from ppl.trace import unwrap
+
+__all__ = ["DiffusionProblem"]
+
+
+class _Counter:
+    """What a prior counts into (`sde.denoiser.CallCount`), writing to the cost of a run."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+
+    @property
+    def calls(self) -> int:
+        return self.cost.denoiser_calls
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self.cost.denoiser_calls = value
+
+    @property
+    def evals(self) -> int:
+        return self.cost.denoiser_evals
+
+    @evals.setter
+    def evals(self, value: int) -> None:
+        self.cost.denoiser_evals = value
+
+    @property
+    def vjps(self) -> int:
+        return self.cost.vjps
+
+    @vjps.setter
+    def vjps(self, value: int) -> None:
+        self.cost.vjps = value
+
+
+@dataclass(frozen=True)
+class DiffusionProblem:
+    """A program's diffusion site with everything that a guided backend asks for.
+
+    Args:
+        program: where it was read from.
+        site: name of the diffusion site.
+        prior: its distribution, a `DiffusionPrior` or a `GaussianMixture`.
+        likelihood: density of the data as a function of the site.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from sde import GaussianMixture
+        >>> prior = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1))
+        >>> def model(y):
+        ...     x = pyro.sample("x", prior)
+        ...     pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+        >>> DiffusionProblem.of(Program(model, torch.zeros(2))).shape
+        torch.Size([2])
+    """
+
+    program: Program
+    site: str
+    prior: Any
+    likelihood: Likelihood
+
+    @classmethod
+    def of(
+        cls, program: Program, site: str | None = None, given: Mapping[str, Tensor] | None = None
+    ) -> DiffusionProblem:
+        """Read the problem off a program; `given` holds values of other latents, if there are any.
+
+        Raises:
+            CapabilityError: there is no single diffusion site, or other latents have no value.
+        """
+        likelihood = read_likelihood(program, site, given)
+        prior = unwrap(program.sites[likelihood.site].distribution)
+        return cls(program, likelihood.site, prior, likelihood)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one value of the site, plates first."""
+        return self.likelihood.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the prior."""
+        return self.prior.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the prior."""
+        return torch.device(self.prior.device)
+
+    def noise(self, lanes: int, generator: torch.Generator, shape: torch.Size | None = None) -> Tensor:
+        """Standard normal noise (lanes, *shape), the shape of the site by default; drawn in one call."""
+        size = (lanes, *(self.shape if shape is None else shape))
+        return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
+
+    @contextmanager
+    def counting(self, cost: Cost) -> Iterator[None]:
+        """Count the denoiser calls made inside straight into `cost`, as they happen."""
+        counter = _Counter(cost)
+        self.prior.counters.append(counter)
+        try:
+            yield
+        finally:
+            self.prior.counters[:] = [c for c in self.prior.counters if c is not counter]
+
+    def results(self, x: Tensor) -> dict[str, Tensor]:
+        """Draws by site name from values (chain, draw, *shape), with deterministic sites."""
+        draws = {self.site: x}
+        if self.program.deterministic:
+            names = list(self.program.deterministic)
+            read = self.program.batched(lambda trace: {n: trace.nodes[n]["value"] for n in names})
+            flat = x.reshape(-1, *self.shape)
+            with torch.no_grad():
+                values = read(self.likelihood.values(flat))
+            draws |= {n: v.reshape(*x.shape[:2], *v.shape[1:]) for n, v in values.items()}
+        return draws
