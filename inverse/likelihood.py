@@ -114,7 +114,7 @@ class Likelihood:
         if self._gaussian is None:
             raise CapabilityError(
                 f"this backend needs data that are linear in {self.site!r} with Gaussian noise, but {self._why_not}; "
-                "use a backend that takes any differentiable likelihood, such as inverse.DPS or ppl.NoiseSpace(ppl.HMC())"
+                "use one that takes any differentiable likelihood, such as inverse.DPS or ppl.NoiseSpace(ppl.HMC())"
             )
         return self._gaussian
 
@@ -258,7 +258,7 @@ def _read_site(
     if not diagonal:
         white = Dense(torch.linalg.inv(noise))
         log_normaliser = -noise.diagonal().log().sum() - 0.5 * data.numel() * math.log(2 * math.pi)
-        return cls(GaussianLikelihood(Compose(white, operator), white(data), log_normaliser, operator, None))
+        return GaussianLikelihood(Compose(white, operator), white(data), log_normaliser, operator, None)
     noise, keep = _scaled_and_masked(noise, node)
     if keep is not None:
         pick = Mask(keep, tuple(mean.shape))
