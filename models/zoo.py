@@ -7,7 +7,7 @@ import json
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from models.denoisers.train import TrainedDenoiser
 from models.denoisers.unet import UNet, UNetConfig
 from ppl.errors import OptionError, WeightsError
 from sde.denoiser import EDMDenoiser
-
-if TYPE_CHECKING:
-    from sde import DiffusionPrior
+from sde.diffusion import DiffusionPrior
 
 __all__ = ["available", "facts", "load", "read_checked", "save"]
 
@@ -96,8 +94,6 @@ def load(
         >>> load("digits8x8").event_shape
         torch.Size([1, 8, 8])
     """
-    from sde import DiffusionPrior
-
     known = facts(name, folder)
     place = _shipped() if folder is None else Path(folder)
     tensors, _ = read_checked(place / f"{name}.safetensors", known["sha256"])
@@ -108,6 +104,7 @@ def load(
         "data_range": tuple(known["data_range"]),
         "sigma_min": known["sigma_min"],
         "sigma_max": known["sigma_max"],
+        "data_std": known["data_std"],
     }
     return DiffusionPrior(
         EDMDenoiser(network, known["sigma_data"]), tuple(known["event_shape"]), **{**settings, **options}
@@ -122,6 +119,7 @@ def save(
     data_range: tuple[float, float],
     sigma_min: float,
     sigma_max: float,
+    data_std: float,
     notes: dict[str, Any] | None = None,
 ) -> Path:
     """Write averaged weights and their facts, for `load(name, folder=folder)`.
@@ -133,6 +131,7 @@ def save(
         data_range: lowest and highest value of the data.
         sigma_min: lowest noise level of the prior.
         sigma_max: highest noise level of the prior.
+        data_std: standard deviation of the data along their widest direction.
         notes: more facts: classes, licence, command, measured figures.
 
     Returns:
@@ -162,6 +161,7 @@ def save(
         "sigma_data": config.sigma_data,
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
+        "data_std": data_std,
         "network": config.network.to_json(),
         "parameters": sum(w.numel() for w in trained.network.parameters()),
         "training": {

@@ -98,9 +98,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     seen: list[int] = []
-    resumed = train(
-        stripes(), CONFIG, checkpoint=path, checkpoint_every=0, callback=lambda now: seen.append(now.step)
-    )
+    resumed = train(stripes(), CONFIG, checkpoint=path, checkpoint_every=0, callback=lambda now: seen.append(now.step))
     whole = train(stripes(), CONFIG)
     assert seen == [8, 9, 10, 11, 12]
     assert torch.equal(weights(resumed), weights(whole))
