@@ -174,6 +174,20 @@ class SubspaceCovariance:
         """(*batch, d, d) the matrices, over the flattened event."""
         return _dense(self.matvec, self.mean, self.event_shape)
 
+    def select(self, index: Tensor) -> SubspaceCovariance:
+        """The operators of the rows `index` of the first batch axis, as resampling needs them."""
+        rows = _row_index(index, self.mean, self.event_shape)
+        core = self.core if self.core.shape[0] == 1 else self.core[rows]
+        outside = self.outside if self.outside.shape[0] == 1 else self.outside[rows]
+        extra = None if self.extra is None else self.extra[rows]
+        return SubspaceCovariance(self.mean[index], self.event_shape, core, outside, self.basis, extra)
+
+
+def _row_index(index: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
+    """Rows of the flattened batch that belong to entries `index` of its first axis."""
+    inner = math.prod(mean.shape[1 : mean.ndim - len(event_shape)])
+    return (index[:, None] * inner + torch.arange(inner, device=index.device)).flatten()
+
 
 def _dense(matvec: Callable[[Tensor], Tensor], mean: Tensor, event_shape: Size) -> Tensor:
     """(*batch, d, d), column by column."""
@@ -239,11 +253,17 @@ class DenseCovariance:
         batch = self.mean.shape[: self.mean.ndim - len(self.event_shape)]
         return matrix.reshape(*batch, *matrix.shape[-2:])
 
+    def select(self, index: Tensor) -> DenseCovariance:
+        """The operators of the rows `index` of the first batch axis, as resampling needs them."""
+        rows = _row_index(index, self.mean, self.event_shape)
+        return DenseCovariance(self.mean[index], self.event_shape, self.values[rows], self.vectors[rows])
+
 
 class NetworkCovariance:
     r"""C = sigma^2 (J + J^T) / 2 with J the Jacobian of a denoiser at x: one jvp and one vjp for every product.
 
-    An exact denoiser has a symmetric J; a network has nearly one, hence the average. `sample`, `solve`, `affine` and `dense` build the matrix
+    An exact denoiser has a symmetric J; a network has nearly one, hence the average. `sample`, `solve`, `affine` and
+    `dense` build the matrix
     (d vjps per row, once) and take eigenvalues below zero as zero; they are offered up to `dense_limit` entries.
 
     Args:
@@ -271,7 +291,7 @@ class NetworkCovariance:
         self._variance = sigma.square().reshape(*sigma.shape, *[1] * len(event_shape))
         # Flash and memory-efficient attention have no derivative of a derivative; the plain kernel has.
         with sdpa_kernel(SDPBackend.MATH):
-            self.mean, self._vjp = torch.func.vjp(denoise, x)
+            self.mean, self._vjp = torch.func.vjp(denoise, x)[:2]
 
     @property
     def noise_shape(self) -> Size:
@@ -302,8 +322,8 @@ class NetworkCovariance:
         d = self.event_shape.numel()
         if d > self.dense_limit:
             raise RuntimeError(
-                f"the covariance of a network is built up to {self.dense_limit} entries, and this event has {d}; use a solver "
-                "that needs products only (DPMSolver2MSDE), or raise dense_limit if memory allows"
+                f"the covariance of a network is built up to {self.dense_limit} entries, and this event has {d}; "
+                "use a solver that needs products only (DPMSolver2MSDE), or raise dense_limit if memory allows"
             )
         transposed = _dense(lambda v: torch.stack([self.vjp(part) for part in v]), self.mean, self.event_shape)
         variance = self._variance.reshape(self._variance.shape[: self._variance.ndim - len(self.event_shape)])
