@@ -236,6 +236,12 @@ class Posterior:
 
         Raises:
             OptionError: for a complex site, or a level outside [0, 1].
+
+        Example:
+            >>> x, log_weight = torch.tensor([[[1.0, 2.0, 3.0]], [[0.0, 0.0, 3.0]]])
+            >>> posterior = Posterior({"x": x}, log_weight=log_weight)
+            >>> posterior.quantile("x", [0.05, 0.5]).tolist()
+            [2.0, 3.0]
         """
         levels = torch.as_tensor(q, dtype=torch.float64)
         result = weighted.quantile(self._lanes(site), self._flat_weights(), levels.reshape(-1))
@@ -390,6 +396,13 @@ class Posterior:
 
         Raises:
             OptionError: if attrs hold something with no safe form in a file.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Posterior({"x": torch.ones(1, 5, dtype=torch.bfloat16)}).save(f"{folder}/posterior.nc")
+            ...     Posterior.load(f"{folder}/posterior.nc").draws["x"].dtype
+            torch.bfloat16
         """
         from ppl.posterior_file import save
 

@@ -30,10 +30,11 @@ def arviz_statistic(name: Literal["ess_bulk", "ess_tail", "mcse", "r_hat"], valu
         values: (chain, draw, *event), real.
 
     Returns:
-        (*event) in float64, on the CPU; NaN where a value is not finite or there are fewer than 4 draws.
+        (*event) in float64, on the CPU; NaN where a value is not finite, there are fewer than 4 draws, or, for r_hat,
+        there is only one chain.
     """
     event = values.shape[2:]
-    if values.shape[1] < 4 or values.shape[0] == 0 or values.numel() == 0:
+    if values.shape[1] < 4 or values.shape[0] < 1 + (name == "r_hat") or values.numel() == 0:
         return torch.full(event, torch.nan, dtype=torch.float64)
     with warnings.catch_warnings():
         # ArviZ announces its next version at import, and divides by zero for constant draws.

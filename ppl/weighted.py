@@ -24,6 +24,10 @@ def normalise(log_weight: Tensor) -> Tensor:
 
     Raises:
         NotFiniteError: if a log weight is NaN or plus infinity, or all of a problem are minus infinity.
+
+    Example:
+        >>> normalise(torch.tensor([[1000.0, 1000.0]])).tolist()
+        [[0.5, 0.5]]
     """
     log_weight = log_weight.double()
     if log_weight.shape[-1] == 0:
@@ -39,7 +43,8 @@ def normalise(log_weight: Tensor) -> Tensor:
 
 def kish_ess(weights: Tensor) -> Tensor:
     """1 / sum W^2 over the last axis: how many equally weighted draws the weights are worth, roots aside."""
-    return 1 / weights.square().sum(-1)
+    worth = 1 / weights.square().sum(-1)
+    return worth if weights.shape[-1] else torch.zeros_like(worth)
 
 
 def merged_root_ess(root_ess: Tensor, share: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def sd(x: Tensor, weights: Tensor | None) -> Tensor:
         return (deviation.mean(1) / (1 - 1 / x.shape[1])).sqrt() if x.shape[1] > 1 else deviation.mean(1) * torch.nan
     w, deviation = _masked(deviation, weights)
     left = (1 - weights.square().sum(1)).clamp_min(0)
-    left = left.reshape(-1, *(1,) * (x.ndim - 2))
+    left = left.reshape(-1, *(1,) * (x.ndim - 2)) * (x.shape[1] > 0)
     # One draw with all the weight says nothing about spread: 0 / 0 is NaN, on purpose.
     return ((w * deviation).sum(1) / left).sqrt()
 
