@@ -40,15 +40,15 @@ RECIPES = {
     "digits8x8": Recipe(
         data=digits,
         config=TrainConfig(
-            network=UNetConfig((1, 8, 8), patch=1, widths=(48, 96), blocks=2, embedding=96, dropout=0.15),
+            network=UNetConfig((1, 8, 8), patch=1, widths=(32, 64), blocks=2, embedding=96, dropout=0.2),
             sigma_data=0.847,
             p_mean=-0.6,
             p_std=1.4,
-            steps=6000,
+            steps=5000,
             batch=128,
             learning_rate=1e-3,
             warmup=200,
-            cooldown=3000,
+            cooldown=2500,
             evaluate_every=250,
             evaluate_images=297,
             patience=8,
