@@ -1,0 +1,278 @@
+"""The particle core: systematic resampling on an ESS trigger, evidence, ancestry, and whole runs merged by evidence.
+
+    ESS = (sum w)^2 / sum w^2          resample when ESS < threshold * P
+    root ESS = 1 / sum_i W_i^2         W_i: final weight carried by the descendants of initial particle i
+    se(log Z) = sqrt(sum_i W_i^2 - 1/P)
+
+ESS reads P after every resampling; the root ESS is the honest number of independent draws. Source: particle-filter
+lore for the first, [derived] and measured for the root ESS as an error bar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ppl.monitor import Monitor
+
+__all__ = ["Kernel", "Merged", "Population", "Run", "ess", "merge", "root_ess", "run_particles", "systematic"]
+
+
+def ess(log_weight: Tensor) -> Tensor:
+    """Kish's effective sample size of log weights (particle,): 0-d."""
+    w = torch.softmax(log_weight, -1)
+    return 1 / w.square().sum(-1)
+
+
+def systematic(log_weight: Tensor, count: int, u: Tensor) -> Tensor:
+    """Systematic resampling: (count,) sorted ancestor indices.
+
+    Args:
+        log_weight: (particle,) up to a constant.
+        count: number of ancestors to draw; index i is drawn count * w_i times, rounded up or down.
+        u: 0-d uniform draw on [0, 1).
+
+    Example:
+        >>> systematic(torch.tensor([0.5, 0.25, 0.25]).log(), 4, torch.tensor(0.5))
+        tensor([0, 0, 1, 2])
+    """
+    cumulative = torch.softmax(log_weight.double(), -1).cumsum(-1)
+    points = (torch.arange(count, device=u.device, dtype=torch.float64) + u.double()) / count
+    return torch.searchsorted(cumulative, points).clamp(max=len(log_weight) - 1)
+
+
+def root_ess(log_weight: Tensor, roots: Tensor) -> Tensor:
+    """Effective number of independent draws, from the weight that each initial particle passed on: 0-d.
+
+    Args:
+        log_weight: (particle,) final log weights.
+        roots: (particle,) index of the initial ancestor of each particle.
+    """
+    w = torch.softmax(log_weight.double(), -1)
+    carried = torch.zeros(int(roots.max()) + 1, dtype=w.dtype, device=w.device).index_add_(0, roots, w)
+    return 1 / carried.square().sum()
+
+
+class Population(Protocol):
+    """The state of all particles at one noise level."""
+
+    @property
+    def log_twist(self) -> Tensor:
+        """(particle,) log of the twist, an estimate of log p(y | x_sigma)."""
+        ...
+
+    def select(self, index: Tensor) -> Population:
+        """The same state with particles `index`, every part permuted together."""
+        ...
+
+    def pack(self) -> dict[str, Tensor]:
+        """Tensors from which `Kernel.unpack` builds the state again."""
+        ...
+
+
+class Kernel(Protocol):
+    """Moves a population down the noise levels; what it targets is the program, whatever its guide."""
+
+    def start(self, particles: int, generator: torch.Generator) -> Population:
+        """Particles at the first noise level."""
+        ...
+
+    def move(self, population: Population, level: int, generator: torch.Generator) -> tuple[Population, Tensor]:
+        """From `level` to the next positive one; the log weight increment (particle,)."""
+        ...
+
+    def last_weight(self, population: Population) -> Tensor:
+        """Log weight increment (particle,) of the final step to the clean value."""
+        ...
+
+    def finish(self, population: Population, generator: torch.Generator) -> Tensor:
+        """Clean values (particle, *site)."""
+        ...
+
+    def unpack(self, tensors: dict[str, Tensor], level: int) -> Population:
+        """The population that `pack` described, at `level`."""
+        ...
+
+    @property
+    def levels(self) -> int:
+        """Number of positive noise levels."""
+        ...
+
+
+@dataclass
+class Run:
+    """One run of the particle engine, at the last positive noise level."""
+
+    population: Population
+    log_weight: Tensor
+    roots: Tensor
+    log_z: Tensor
+    ess: list[float] = field(default_factory=list)
+    resampled: int = 0
+
+    @property
+    def root_ess(self) -> Tensor:
+        """Honest number of independent draws."""
+        return root_ess(self.log_weight, self.roots)
+
+    @property
+    def distinct_roots(self) -> int:
+        """Number of initial particles that have descendants."""
+        return len(torch.unique(self.roots))
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Estimate of log p(y), 0-d float64."""
+        return self.log_z + torch.logsumexp(self.log_weight.double(), 0) - _log(len(self.log_weight))
+
+
+def run_particles(
+    kernel: Kernel,
+    particles: int,
+    *,
+    threshold: float,
+    generator: torch.Generator,
+    monitor: Monitor,
+    label: str,
+) -> Run | None:
+    """Run the engine from the first noise level to the last positive one.
+
+    Args:
+        kernel: moves and weighs.
+        particles: population size P.
+        threshold: resample when ESS < threshold * P.
+        generator: source of randomness.
+        monitor: progress, Ctrl-C, checkpoints.
+        label: name of the loop.
+
+    Returns:
+        The finished run, or None when it was interrupted.
+    """
+    saved = monitor.resume()
+    if saved is not None:
+        start = int(saved.pop("step"))
+        run = Run(
+            kernel.unpack({n.removeprefix("p."): t for n, t in saved.items() if n.startswith("p.")}, start),
+            saved["log_weight"],
+            saved["roots"],
+            saved["log_z"],
+            saved["ess"].tolist(),
+            int(saved["resampled"]),
+        )
+    else:
+        start = 0
+        population = kernel.start(particles, generator)
+        log_weight = population.log_twist
+        roots = torch.arange(particles, device=log_weight.device)
+        run = Run(population, log_weight, roots, torch.zeros((), dtype=torch.float64, device=log_weight.device))
+        run.ess.append(float(ess(log_weight)))
+    done = start
+    for level in monitor.steps(kernel.levels - 1, label, start=start):
+        if run.ess[-1] < threshold * particles:
+            u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+            index = systematic(run.log_weight, particles, u)
+            run.log_z = run.log_z + torch.logsumexp(run.log_weight.double(), 0) - _log(particles)
+            run.population, run.roots = run.population.select(index), run.roots[index]
+            run.log_weight = torch.zeros_like(run.log_weight)
+            run.resampled += 1
+        run.population, increment = kernel.move(run.population, level, generator)
+        monitor.check_finite("log weight", increment, f"noise level {level + 1} of {kernel.levels}")
+        run.log_weight = run.log_weight + increment
+        run.ess.append(float(ess(run.log_weight)))
+        monitor.report(ess=run.ess[-1])
+        done = level + 1
+        monitor.checkpoint(done, lambda: _state(run))
+    if done < kernel.levels - 1:
+        return None
+    run.log_weight = run.log_weight + kernel.last_weight(run.population)
+    run.ess[-1] = float(ess(run.log_weight))
+    return run
+
+
+def _state(run: Run) -> dict[str, Tensor]:
+    return {
+        **{f"p.{n}": t for n, t in run.population.pack().items()},
+        "log_weight": run.log_weight,
+        "roots": run.roots,
+        "log_z": run.log_z,
+        "ess": torch.tensor(run.ess, dtype=torch.float64),
+        "resampled": torch.tensor(run.resampled),
+    }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Whole runs, each weighted by its evidence: omega_r = Z_r / sum Z.
+
+    root ESS R = 1 / sum_r omega_r^2 / R_r,   se(log Z) = sqrt(1 / R - 1 / sum P). Source: [derived].
+    """
+
+    runs: tuple[Run, ...]
+
+    @property
+    def share(self) -> Tensor:
+        """(run,) omega."""
+        return torch.softmax(torch.stack([r.log_evidence for r in self.runs]), 0)
+
+    @property
+    def root_ess(self) -> Tensor:
+        """Honest number of independent draws of all runs together."""
+        each = torch.stack([r.root_ess for r in self.runs])
+        return 1 / (self.share.square() / each).sum()
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log of the mean of the runs' evidence."""
+        return torch.logsumexp(torch.stack([r.log_evidence for r in self.runs]), 0) - _log(len(self.runs))
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of the log evidence."""
+        total = sum(len(r.log_weight) for r in self.runs)
+        return (1 / self.root_ess - 1 / total).clamp(min=0).sqrt()
+
+    @property
+    def distinct_roots(self) -> int:
+        """Initial particles that have descendants, over all runs."""
+        return sum(r.distinct_roots for r in self.runs)
+
+    def choose(self, draws: int, generator: torch.Generator) -> list[Tensor]:
+        """Ancestors of `draws` equally weighted draws: for each run, indices into its particles."""
+        weights = [
+            w + torch.log_softmax(r.log_weight.double(), 0) for r, w in zip(self.runs, self.share.log(), strict=True)
+        ]
+        u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+        index = systematic(torch.cat(weights), draws, u)
+        bounds = [0]
+        for r in self.runs:
+            bounds.append(bounds[-1] + len(r.log_weight))
+        return [index[(index >= a) & (index < b)] - a for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def merge(
+    one_run: Callable[[int], Run | None], *, target: float, limit: int, monitor: Monitor
+) -> tuple[Merged | None, bool]:
+    """Repeat whole runs until the root ESS of the merge reaches `target`, at most `limit` runs.
+
+    Returns:
+        The merge of the finished runs (None when there is none), and whether the target was reached.
+    """
+    runs: list[Run] = []
+    for r in range(limit):
+        run = one_run(r)
+        if run is None:
+            break
+        runs.append(run)
+        merged = Merged(tuple(runs))
+        monitor.report(root_ess=float(merged.root_ess))
+        if float(merged.root_ess) >= target:
+            return merged, True
+    return (Merged(tuple(runs)) if runs else None), False
+
+
+def _log(n: int) -> Tensor:
+    return torch.tensor(float(n), dtype=torch.float64).log()
