@@ -1,7 +1,9 @@
 """Diffusion priors as Pyro distributions, in the noise coordinate x_sigma = x_0 + sigma n.
 
-`DiffusionPrior` turns any denoiser into a distribution; `GaussianMixture` has the same interface with exact answers. Schedules and
-wrappers (`EpsDenoiser`, ...) bring in networks that were trained in other coordinates; solvers are steps of the reverse process.
+`DiffusionPrior` turns any denoiser into a distribution; `GaussianMixture` has the same interface with exact answers.
+Schedules and
+wrappers (`EpsDenoiser`, ...) bring in networks that were trained in other coordinates; solvers are steps of the
+reverse process.
 """
 
 from __future__ import annotations

@@ -28,24 +28,26 @@ class DiffusionPrior(DenoisingPrior):
     The parameters of the denoiser never receive gradients through a prior; x does where the caller asks for them.
 
     Args:
-        denoiser: (x: (rows, *event), sigma: 0-d or (rows,)[, label: (rows,)]) -> E[x_0 | x]. Any callable; a module is put
-            to use as it is (call `.eval()` first).
+        denoiser: (x: (rows, *event), sigma: 0-d or (rows,)[, label: (rows,)]) -> E[x_0 | x]. Any callable; a module
+            is put to use as it is (call `.eval()` first).
         event_shape: shape of one draw.
         data_range: range of the data, which nothing rescales or clips; noise levels are in its units.
         sigma_min: last positive noise level.
         sigma_max: first noise level; about 5 times the standard deviation of the data along their widest direction.
         steps: solver steps of `sample`.
         solver: sampler of `sample`; None takes `DPMSolver2MSDE()`.
-        label: classes of a conditional prior, any shape, which becomes the batch shape; usually set by `prior(label=c)`.
+        label: classes of a conditional prior, any shape, which becomes the batch shape; usually set by
+            `prior(label=c)`.
         noise_steps: steps of the deterministic sampler in `from_noise`.
         noise_solver: that sampler; None takes `DPMSolver2M()`.
         grid: (sigma_max, sigma_min, steps) -> noise levels.
         data_std: standard deviation of the data along their widest direction; None takes sigma_max / 5.
         chunk: most rows per network call; None is no limit. It changes memory and nothing else.
-        checkpointing: store only the inputs of network calls in `from_noise`, and compute the rest again in the backward pass.
+        checkpointing: store only the inputs of network calls in `from_noise`, and compute the rest again in the
+            backward pass.
         log_prob_steps: Runge-Kutta steps of `log_prob`, four network calls each.
-        probes: sign vectors of the trace in `log_prob`; 0 takes the exact trace (d vjps per call); None means exact up to 32
-            entries and 4 beyond.
+        probes: sign vectors of the trace in `log_prob`; 0 takes the exact trace (d vjps per call); None means exact
+            up to 32 entries and 4 beyond.
         probe_seed: seed of these vectors, so that `log_prob` is a function.
         dtype: type of draws, for denoisers that do not show theirs.
         device: device of draws, for denoisers that do not show theirs.
@@ -141,7 +143,7 @@ class DiffusionPrior(DenoisingPrior):
             new.label = self.label.to(new._device)
         return new
 
-    def __call__(self, sample_shape: Size | tuple[int, ...] = Size(), *, label: Tensor | int | None = None) -> Any:
+    def __call__(self, sample_shape: Size | tuple[int, ...] = (), *, label: Tensor | int | None = None) -> Any:
         """`prior(label=c)` is the distribution given class c; `prior()` draws, as all Pyro distributions do.
 
         Args:
@@ -157,9 +159,7 @@ class DiffusionPrior(DenoisingPrior):
 
     def _denoise(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         """The only place that calls the network; x: (rows, *event), sigma: 0-d or (rows,)."""
-        wants_grad = torch.is_grad_enabled() and (
-            x.requires_grad or sigma.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        )
+        wants_grad = torch.is_grad_enabled() and (_tracked(x) or sigma.requires_grad)
         size = max(1, len(x)) if self.chunk is None else self.chunk
         parts = []
         with torch.set_grad_enabled(wants_grad):
@@ -172,8 +172,8 @@ class DiffusionPrior(DenoisingPrior):
                 denoised = call_denoiser(self.denoiser, rows, level, None if label is None else label[at : at + size])
                 if denoised.shape != rows.shape:
                     raise ValueError(
-                        f"the denoiser returned shape {tuple(denoised.shape)} for x of shape {tuple(rows.shape)}; it must return "
-                        "one clean estimate per row, with sigma of shape () or (rows,)"
+                        f"the denoiser returned shape {tuple(denoised.shape)} for x of shape {tuple(rows.shape)}; "
+                        "it must return one clean estimate per row, with sigma of shape () or (rows,)"
                     )
                 parts.append(denoised)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -202,21 +202,19 @@ class DiffusionPrior(DenoisingPrior):
             sigma: positive; 0-d, or broadcastable over the batch axes.
         """
         level = self._checked(x, sigma)
-        return NetworkCovariance(
-            lambda x: self.denoise(x, level), x, level, self.event_shape, on_product=self._count_products
-        )
+        # The parameters of the network must not be tracked when nobody asked for gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _tracked(x)):
+            return NetworkCovariance(
+                lambda x: self.denoise(x, level), x, level, self.event_shape, on_product=self._count_products
+            )
 
     def _count_products(self, rows: int) -> None:
         """Count rows differentiated."""
         for count in self.counters:
             count.vjps += rows
 
-    def _grid_batch(self, shape: Size) -> Size:
-        """Leading shape of draws."""
-        return Size(shape) + self.batch_shape
-
     def draw(self, shape: Size | tuple[int, ...] = (), generator: torch.Generator | None = None) -> Tensor:
-        """(*shape, *batch_shape, *event_shape) draws by the reverse process; the generator None is torch's global one."""
+        """(*shape, *batch_shape, *event_shape) draws by the reverse process; None is torch's global generator."""
         lead = Size(shape) + self.batch_shape
         rows = Size([lead.numel()]) + self.event_shape
         device = self.device if generator is None else generator.device
@@ -272,19 +270,13 @@ class DiffusionPrior(DenoisingPrior):
             self._validate_sample(value)
         dims = len(self.event_shape)
         lead = torch.broadcast_shapes(value.shape[: value.ndim - dims], self.batch_shape)
-        if self.label is None:
-            lead_in = value.shape[: value.ndim - dims]
-        else:
-            lead_in = lead
+        lead_in = value.shape[: value.ndim - dims] if self.label is None else lead
         rows = value.expand(lead_in + self.event_shape).reshape(lead_in.numel(), *self.event_shape)
         d = self.event_shape.numel()
         count = (0 if d <= 32 else 4) if self.probes is None else self.probes
         probes = rademacher(count, self.event_shape, self.probe_seed, rows) if count else None
         label = self._row_labels(lead_in)
-        wants_grad = torch.is_grad_enabled() and (
-            rows.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(rows)
-        )
-        with torch.set_grad_enabled(wants_grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _tracked(rows)):
             log_prob = flow_log_prob(
                 lambda x, sigma: self.denoise(x, sigma, label),
                 rows,
@@ -316,6 +308,11 @@ class DiffusionPrior(DenoisingPrior):
             ]
             return Estimate(*(torch.cat(values).reshape(batch) for values in zip(*parts, strict=True)))
         return super().log_prob_estimate(value, generator, levels=levels, repeats=repeats)
+
+
+def _tracked(x: Tensor) -> bool:
+    """Whether someone differentiates in x, by autograd or by a function transform."""
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _owner(denoiser: Callable[..., Tensor]) -> Any:

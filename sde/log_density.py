@@ -41,7 +41,7 @@ def flow_log_prob(
     probes: Tensor | None = None,
     on_product: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """log density of x + sigma_min n under the sampler that starts from N(0, sigma_max^2 I), by the probability-flow ODE.
+    """Log density of x + sigma_min n under the flow that starts from N(0, sigma_max^2 I).
 
     Classical Runge-Kutta of order four in log sigma. A deterministic function of x, differentiable where `denoise` is.
 
@@ -75,7 +75,7 @@ def flow_log_prob(
     def slope(x: Tensor, u: float) -> tuple[Tensor, Tensor]:
         sigma = torch.tensor(math.exp(u), dtype=torch.float64)
         with sdpa_kernel(SDPBackend.MATH):
-            denoised, vjp = torch.func.vjp(lambda x: denoise(x, sigma), x)
+            denoised, vjp = torch.func.vjp(lambda x: denoise(x, sigma), x)[:2]
         trace = x.new_zeros(x.shape[0])
         for probe in probes:
             on_product(x.shape[0])
@@ -128,7 +128,8 @@ def i_mmse(
     Raises:
         ValueError: if levels or repeats are too few.
 
-    Source: Guo, Shamai & Verdu (2005) [read]; Kong et al. (2023), equation 9 [inferred]; with a Gaussian reference [derived].
+    Source: Guo, Shamai & Verdu (2005) [read]; Kong et al. (2023), equation 9 [inferred]; with a Gaussian reference
+        [derived].
 
     Example:
         >>> normal = lambda x, sigma: x / (1 + sigma**2)

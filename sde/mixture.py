@@ -1,11 +1,14 @@
 r"""Gaussian mixtures as diffusion priors: every quantity in closed form.
 
-p_s(x) = sum_k w_k N(x; m_k, C_k + s^2 I),  r_k = softmax_k log(w_k N(...)),  mu_k = m_k + C_k (C_k + s^2 I)^{-1} (x - m_k),
-D = sum_k r_k mu_k,  Cov[x_0 | x] = sum_k r_k (V_k + (mu_k - D)(mu_k - D)^T),  V_k = s^2 C_k (C_k + s^2 I)^{-1}.
+p_s(x) = sum_k w_k N(x; m_k, C_k + s^2 I),  r_k = softmax_k log(w_k N(...)),  mu_k = m_k + C_k (C_k + s^2 I)^{-1} (x -
+m_k), D = sum_k r_k mu_k,  Cov[x_0 | x] = sum_k r_k (V_k + (mu_k - D)(mu_k - D)^T),  V_k = s^2 C_k (C_k + s^2 I)^{-1}.
 
-A mixture is kept as  x_0 = c + Q xi + (I - Q Q^T) eta  with orthonormal Q: d x q that holds all differences of means and all
-directions in which some C_k is not isotropic; xi | k ~ N(a_k, R_k diag(lambda_k) R_k^T) and eta | k ~ N(0, v_k I). Isotropic
-components at d = 800 then cost q < K numbers per row, full ones q = d, and conditioning on y in R^m adds at most m to q.
+A mixture is kept as  x_0 = c + Q xi + (I - Q Q^T) eta  with orthonormal Q: d x q that holds all differences of means
+and all
+directions in which some C_k is not isotropic; xi | k ~ N(a_k, R_k diag(lambda_k) R_k^T) and eta | k ~ N(0, v_k I).
+Isotropic
+components at d = 800 then cost q < K numbers per row, full ones q = d, and conditioning on y in R^m adds at most m to
+q.
 """
 
 from __future__ import annotations
@@ -345,7 +348,7 @@ class GaussianMixture(DenoisingPrior):
             isotropic components.
         """
         sigma = self._checked(x, sigma)
-        rows, variance, batch = self._rows(x, sigma)
+        rows, variance, _ = self._rows(x, sigma)
         for count in self.counters:
             count.calls += 1
             count.evals += len(rows)
@@ -476,18 +479,18 @@ class GaussianMixture(DenoisingPrior):
         root = symmetric_root((core + variance * eye)[None])[0]
         flat = noise.reshape(-1, self.event_shape.numel())
         coordinates = flat if self._basis is None else flat @ self._basis
-        x = self.mean_flat + self._lift(coordinates @ root.T)
+        x = self._mean + self._lift(coordinates @ root.T)
         if self._outside_dim:
             x = x + outside.sqrt() * (flat - self._lift(coordinates))
         return x.reshape(noise.shape)
 
     @property
-    def mean_flat(self) -> Tensor:
+    def _mean(self) -> Tensor:
         """(d,) mean of the mixture."""
         return self._center + self._lift(self.weights @ self._places)
 
     def from_noise(self, z: Tensor) -> Tensor:
-        """The draw that standard normal noise makes: affine and exact for one component, else by the deterministic sampler.
+        """The draw that standard normal noise makes; affine and exact for one component.
 
         Args:
             z: (*batch, *event).
@@ -638,8 +641,8 @@ def _check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
     k, d = len(means), means.shape[1:].numel()
     if covariances.shape not in ((), (k,), means.shape, (k, d, d)):
         raise ValueError(
-            f"covariances have shape {tuple(covariances.shape)}, expected ({k},) variances, {tuple(means.shape)} variances of "
-            f"entries, or ({k}, {d}, {d}) matrices"
+            f"covariances have shape {tuple(covariances.shape)}, expected ({k},) variances, "
+            f"{tuple(means.shape)} variances of entries, or ({k}, {d}, {d}) matrices"
         )
     if not (bool(means.isfinite().all()) and bool(covariances.isfinite().all())):
         raise ValueError("means and covariances must be finite")

@@ -30,7 +30,7 @@ def can_look(*tensors: Tensor) -> bool:
 
 
 class DenoisingPrior(TorchDistribution):
-    """A distribution of x_0 with E[x_0 | x_0 + sigma n] at every sigma; the base of `DiffusionPrior` and `GaussianMixture`.
+    """A distribution of x_0 that knows E[x_0 | x_0 + sigma n] at every sigma; the base of all diffusion priors.
 
     Args:
         event_shape: shape of one draw.
@@ -108,15 +108,15 @@ class DenoisingPrior(TorchDistribution):
         dims = len(self.event_shape)
         return constraints.independent(constraints.real, dims) if dims else constraints.real
 
-    def expand(self, batch_shape: Size | tuple[int, ...], _instance: Any = None) -> Self:
+    def expand(self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None) -> Self:
         """Independent copies over batch_shape; parameters and counters are shared."""
         new = copy.copy(self)
         new._batch_shape = Size(batch_shape)
         return new
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = Size()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """(*sample_shape, *batch_shape, *event_shape) draws from torch's global generator, as Pyro wants them."""
-        return self.draw(sample_shape, None)
+        return self.draw(Size(sample_shape), None)
 
     def __repr__(self) -> str:
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
@@ -165,7 +165,8 @@ class DenoisingPrior(TorchDistribution):
             raise ValueError(
                 f"x is {x.dtype}, but this prior computes in {self.dtype}; use x.to({self.dtype}) or prior.to"
             )
-        level = torch.as_tensor(sigma)
+        # A Python float would become float32 and lose half of its digits.
+        level = sigma if isinstance(sigma, Tensor) else torch.as_tensor(sigma, dtype=torch.float64)
         try:
             torch.broadcast_shapes(level.shape, x.shape[: x.ndim - dims])
         except RuntimeError:
@@ -187,7 +188,7 @@ class DenoisingPrior(TorchDistribution):
             if not bool(x.detach().sum().isfinite()) and not bool(x.isfinite().all()):
                 bad = int((~x.isfinite()).sum())
                 raise ValueError(
-                    f"x at sigma={_extremes(level)} has {bad} entries that are not finite; look at the step that made it"
+                    f"x at sigma={_extremes(level)} has {bad} entries that are not finite; look at the step before"
                 )
         return level.to(x.device, x.dtype)
 

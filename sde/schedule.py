@@ -129,7 +129,7 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Cosine:
-    r"""alpha_t = cos(theta_t) / cos(theta_0),  theta_t = (t + offset) / (1 + offset) * pi / 2,  sigma_t^2 = 1 - alpha_t^2.
+    r"""alpha_t = cos(theta_t) / cos(theta_0),  theta_t = (t + offset) / (1 + offset) pi / 2, sigma_t^2 = 1 - alpha_t^2.
 
     Source: Nichol & Dhariwal (2021), equation 17, in continuous time [read].
 
@@ -199,8 +199,8 @@ class VarianceExploding:
         sigma_max: noise at t = 1.
 
     Example:
-        >>> VarianceExploding(0.01, 100.0).grid(3).tolist()
-        [100.0, 1.0, 0.01, 0.0]
+        >>> VarianceExploding(0.01, 100.0).grid(2).tolist()
+        [100.0, 0.01, 0.0]
     """
 
     sigma_min: float = 0.01
@@ -234,15 +234,16 @@ class VarianceExploding:
 class RectifiedFlow:
     r"""alpha_t = 1 - t,  sigma_t = t,  so s = t / (1 - t).
 
-    Time follows the diffusion habit: t = 0 is clean, t = 1 is noise. Source: Liu et al. (2023) [read], with time reversed.
+    Time follows the diffusion habit: t = 0 is clean, t = 1 is noise. Source: Liu et al. (2023) [read], with time
+    reversed.
 
     Args:
         t_min: smallest positive time of `grid`.
         t_max: largest time of `grid`; s is infinite at t = 1.
 
     Example:
-        >>> RectifiedFlow(t_max=0.9).grid(1).tolist()
-        [9.0, 0.0]
+        >>> RectifiedFlow(t_max=0.75).grid(1).tolist()
+        [3.0, 0.0]
     """
 
     t_min: float = 1e-3

@@ -16,7 +16,8 @@ __all__ = ["Ancestral"]
 class Ancestral:
     """The exact law of x_b given x_a and x_0, with x_0 replaced by its mean D (DDPM with the small variance).
 
-    It leaves out Cov[x_0 | x_a], so that draws are too narrow by an amount that vanishes as steps grow; `CovarianceCorrected`
+    It leaves out Cov[x_0 | x_a], so that draws are too narrow by an amount that vanishes as steps grow;
+    `CovarianceCorrected`
     puts it back. Source: Ho et al. (2020), equation 7 [read], in noise-to-signal coordinates [derived].
 
     Example:

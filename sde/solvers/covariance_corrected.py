@@ -1,4 +1,7 @@
-"""Ancestral step with Cov[x_0 | x]: x_b ~ N(rho^2 x + kappa D, c^2 I + kappa^2 C),  kappa = 1 - rho^2,  c^2 = b^2 kappa."""
+"""Ancestral step with C = Cov[x_0 | x].
+
+x_b ~ N(rho^2 x + kappa D, c^2 I + kappa^2 C),  kappa = 1 - rho^2,  c^2 = b^2 kappa.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ __all__ = ["CovarianceCorrected"]
 class CovarianceCorrected:
     """The exact law of x_b given x_a for x_0 | x_a ~ N(D, C), which holds when the prior is Gaussian.
 
-    With the moments of x_0 | x_a, y in place of D and C it is exact for the posterior, again at any number of steps. The last step
+    With the moments of x_0 | x_a, y in place of D and C it is exact for the posterior, again at any number of steps.
+    The last step
     (sigma_next = 0) is a draw from N(D, C). Source: [derived]; the idea is that of Bao et al. (2022), Analytic-DPM.
 
     Example:

@@ -18,9 +18,10 @@ __all__ = ["EDMHeun"]
 class EDMHeun:
     r"""Second-order steps of the probability flow, with as much noise added and removed as `churn` says.
 
-    With churn, a step goes down to sigma_next / (1 + churn) and noise brings it back up to sigma_next. This is the sampler of Karras
-    et al. with the noise counted at the end of a step and not at the start of the next: the same chain, seen on the grid of raised
-    levels, and every step is a Gaussian with a known density.
+    With churn, a step goes down to sigma_next / (1 + churn) and noise brings it back up to sigma_next. This is the
+    sampler of Karras
+    et al. with the noise counted at the end of a step and not at the start of the next: the same chain, seen on the
+    grid of raised levels, and every step is a Gaussian with a known density.
 
     Source: Karras et al. (2022), algorithm 2 [read]; the shift of the grid [derived].
 
@@ -52,7 +53,7 @@ class EDMHeun:
     def __post_init__(self) -> None:
         if not 0 <= self.churn <= math.sqrt(2) - 1 + 1e-9:
             raise ValueError(
-                f"churn must lie in [0, sqrt(2) - 1], got {self.churn}; divide the paper's S_churn by the number of steps"
+                f"churn must lie in [0, sqrt(2) - 1], got {self.churn}; it is the paper's S_churn over steps"
             )
         if not 0 <= self.churn_min < self.churn_max:
             raise ValueError(f"expected 0 <= churn_min < churn_max, got {self.churn_min} and {self.churn_max}")

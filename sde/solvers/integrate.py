@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def sample(
     if needs_covariance and covariance is None:
         raise ValueError(f"{solver} needs covariance=prior.covariance; without one use DPMSolver2MSDE")
     state: State = None
-    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for a, b in pairwise(sigmas):
         if needs_covariance and covariance is not None:
             operator = covariance(x, a)
             move = solver.step(x, a, b, operator.mean, state, covariance=operator)

@@ -66,8 +66,8 @@ class Solver(Protocol):
 
 def levels(x: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> tuple[Tensor, Tensor]:
     """Two 0-d float64 levels on the CPU or where they live; checked in order."""
-    a = torch.as_tensor(sigma)
-    b = torch.as_tensor(sigma_next)
+    # A Python float would become float32 and lose half of its digits.
+    a, b = (s if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64) for s in (sigma, sigma_next))
     if a.ndim or b.ndim:
         raise ValueError(
             f"a solver step takes one noise level for all rows, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
