@@ -59,8 +59,6 @@ def psnr(x: Tensor, truth: Tensor, data_range: tuple[float, float]) -> Tensor:
     Returns:
         (*batch,) float64; infinity where x equals the truth.
 
-    Source: methods/inverse-samplers.md, section 8 [read].
-
     Example:
         >>> psnr(torch.full((2, 2), 0.2), torch.zeros(2, 2), (-1.0, 1.0))        # 10 log10(4 / 0.04)
         tensor(20.0000, dtype=torch.float64)
@@ -96,7 +94,7 @@ def ssim(x: Tensor, truth: Tensor, data_range: tuple[float, float], *, window: i
     Returns:
         (*batch,) float64, at most one.
 
-    Source: Wang et al. (2004) [inferred]; constants methods/inverse-samplers.md, section 8 [read].
+    Source: Wang et al. (2004) [inferred].
 
     Example:
         >>> image = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
@@ -206,8 +204,6 @@ def residual_chi(operator: LinearOperator, x: Tensor, y: Tensor, sigma: float | 
     Returns:
         (*batch,) float64.
 
-    Source: methods/inverse-samplers.md, section 8 [read].
-
     Example:
         >>> from inverse.operators import Identity
         >>> residual_chi(Identity((4,)), torch.zeros(4), torch.full((4,), 0.2), 0.1)
@@ -274,8 +270,6 @@ def variance_ratio(
 
     Returns:
         VarianceRatio(row, null, total); one is right, less is too sure.
-
-    Source: methods/inverse-samplers.md, section 8 [read].
 
     Example:
         >>> from inverse.operators import Mask

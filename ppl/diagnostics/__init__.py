@@ -16,7 +16,7 @@ from ppl.diagnostics.ess import (
     z_bound,
 )
 from ppl.diagnostics.mmd import MMDTest, mmd_squared, mmd_test
-from ppl.diagnostics.rank_tests import chi_square_p_value, ecdf_band, ecdf_p_value
+from ppl.diagnostics.rank_tests import chi_square_p_value, ecdf_band, ecdf_p_value, ecdf_p_values
 from ppl.diagnostics.sliced import (
     Floor,
     FloorRatio,
@@ -41,6 +41,7 @@ __all__ = [
     "default_test_functions",
     "ecdf_band",
     "ecdf_p_value",
+    "ecdf_p_values",
     "energy_distance",
     "energy_score",
     "ess_of",

@@ -27,7 +27,7 @@ def crps(draws: Tensor, truth: Tensor) -> Tensor:
     Returns:
         (*event) float64, in the unit of the draws.
 
-    Source: methods/inverse-samplers.md, section 8 [read].
+    Source: Gneiting & Raftery (2007), section 4; fair form Ferro (2014) [inferred].
 
     Example:
         >>> crps(torch.tensor([0.0, 2.0]), torch.tensor(0.0))         # 1 - 2 / 2
@@ -117,7 +117,7 @@ def spread_skill(draws: Tensor, truth: Tensor) -> SpreadSkill:
     Returns:
         SpreadSkill(spread, error, ratio).
 
-    Source: methods/inverse-samplers.md, section 8 [read].
+    Source: Fortin et al. (2014) [inferred].
 
     Example:
         >>> spread_skill(torch.tensor([[-1.0, 1.0]]), torch.tensor([2.0])).spread

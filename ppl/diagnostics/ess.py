@@ -96,7 +96,7 @@ def root_ess(log_weight: Tensor, root: Tensor, particles: int) -> Tensor:
     Returns:
         (*batch,) float64.
 
-    Source: methods/particle-defaults.md, section 3 [derived].
+    Source: [derived].
 
     Example:
         >>> root_ess(torch.zeros(4), torch.tensor([0, 0, 3, 3]), 4)
@@ -116,7 +116,7 @@ def log_evidence_stderr(log_weight: Tensor, root: Tensor, particles: int) -> Ten
     Returns:
         (*batch,) float64.
 
-    Source: methods/particle-defaults.md, section 3 [read].
+    Source: [derived].
 
     Example:
         >>> log_evidence_stderr(torch.zeros(4), torch.tensor([0, 0, 3, 3]), 4)
@@ -135,7 +135,7 @@ def merge_root_ess(log_evidence: Tensor, root_ess: Tensor) -> Tensor:
     Returns:
         (*batch,) float64.
 
-    Source: methods/particle-defaults.md, section 3 [read].
+    Source: [derived].
 
     Example:
         >>> merge_root_ess(torch.zeros(3), torch.tensor([10.0, 10.0, 10.0]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppl.errors import OptionError, ShapeError
 
-__all__ = ["chi_square_p_value", "ecdf_band", "ecdf_p_value"]
+__all__ = ["chi_square_p_value", "ecdf_band", "ecdf_p_value", "ecdf_p_values"]
 
 
 def _check(rank: Tensor, draws: int) -> Tensor:
@@ -114,12 +114,41 @@ def ecdf_p_value(
         >>> ecdf_p_value(torch.zeros(50, dtype=torch.long), 9, generator=g) < 0.01
         True
     """
-    rank = _check(rank, draws)
+    return float(
+        ecdf_p_values(_check(rank, draws)[:, None], draws, generator=generator, replicates=replicates, points=points)
+    )
+
+
+def ecdf_p_values(
+    rank: Tensor, draws: int, *, generator: torch.Generator, replicates: int = 2000, points: int = 100
+) -> Tensor:
+    """`ecdf_p_value` of several statistics at once, compared with the same uniform ranks.
+
+    Args:
+        rank: (simulations, tests) in 0, ..., draws.
+        draws: L.
+        generator: draws the uniform ranks.
+        replicates: number of them; take 1000 tests or more, or a Bonferroni bound at 1e-3 cannot be reached.
+        points: largest number of places where the ECDF is compared.
+
+    Returns:
+        (tests,) float64.
+
+    Example:
+        >>> rank = torch.stack([torch.arange(50) % 10, torch.zeros(50, dtype=torch.long)], 1)
+        >>> p = ecdf_p_values(rank, 9, generator=torch.Generator().manual_seed(0))
+        >>> bool(p[0] > 0.9), bool(p[1] < 0.01)
+        (True, True)
+    """
+    columns = torch.stack([_check(column, draws) for column in rank.unbind(1)])
+    n = columns.shape[1]
     at = _points(draws, points)
-    table = _two_sided(len(rank), at.double() / (draws + 1))
-    found = float(_smallest(rank[None], at, draws, table))
-    null = _null(len(rank), draws, at, table, replicates, generator)
-    return (1 + int((null <= found * (1 + 1e-12)).sum())) / (replicates + 1)
+    table = _two_sided(n, at.double() / (draws + 1))
+    found = _smallest(columns, at, draws, table)
+    null = _null(n, draws, at, table, replicates, generator)
+    # Equal counts must compare as equal.
+    below = (null <= found[:, None] * (1 + 1e-12)).sum(1)
+    return (1 + below).double() / (replicates + 1)
 
 
 def ecdf_band(

@@ -267,8 +267,6 @@ def sliced_wasserstein_floor(
     Returns:
         Floor(value, stderr).
 
-    Source: methods/particle-defaults.md, section 3 [derived].
-
     Example:
         >>> normal = lambda n, g: torch.randn(n, 2, generator=g)
         >>> floor = sliced_wasserstein_floor(normal, 400, generator=torch.Generator().manual_seed(0))

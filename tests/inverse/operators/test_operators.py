@@ -91,6 +91,12 @@ def test_contract(name: str) -> None:
     check_operator(members()[name], generator())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", members())
+def test_contract_on_a_gpu(name: str) -> None:
+    check_operator(members()[name].to("cuda"), torch.Generator("cuda").manual_seed(0))
+
+
 @pytest.mark.parametrize("name", ["blur", "mask", "fourier", "downsample", "compose", "stack_diagonal", "scaled"])
 def test_decompositions_can_start_inside_transforms(name: str) -> None:
     """A decomposition first built under vmap, grad or tracing must serve eager calls afterwards."""
