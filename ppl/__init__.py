@@ -15,17 +15,27 @@ from ppl.errors import (
     TraceError,
     WeightsError,
 )
+from ppl.mcmc import NUTS
 from ppl.monitor import Event, Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
+from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
 
 __all__ = [
+    "NUTS",
+    "SVI",
+    "AutoGuide",
     "Backend",
     "CapabilityError",
     "CheckpointError",
     "DataError",
     "Estimate",
     "Event",
+    "FittedGuide",
+    "Flow",
+    "FullRank",
+    "LowRank",
+    "MeanField",
     "Monitor",
     "NotFiniteError",
     "OptionError",

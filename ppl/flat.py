@@ -10,7 +10,7 @@ value for the whole batch at once, outside the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,8 @@ from ppl.graph import LaneFunction
 from ppl.trace import Layout, Leaf, Run, log_prob_of, unwrap
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ppl.program import Program
 
 __all__ = ["FlatDensity"]
@@ -62,8 +64,8 @@ class FlatDensity:
         for name, site in sites.items():
             if "denoiser" in site.capabilities and name not in program.lifted:
                 raise ProgramError(
-                    f"site {name!r} is a diffusion prior, whose density a generic engine cannot call at every step; run "
-                    "the engine in its noise space, ppl.NoiseSpace(engine), or use a guided sampler from `inverse`"
+                    f"site {name!r} is a diffusion prior, whose density a generic engine cannot call at every step; "
+                    "run the engine in its noise space, ppl.NoiseSpace(engine), or use a guided sampler from `inverse`"
                 )
         self.layout = Layout.of(sites, program.lifted)
         self.dim = self.layout.dim
@@ -117,6 +119,23 @@ class FlatDensity:
             lane, _ = self._lane(z)
         wrt = ("z", *(leaf.site for leaf in self._outside), *(f"param.{n}" for n in params)) if gradient else None
         return self._density(lane).prepare(lane, self._shared(), wrt=wrt, calls=calls)
+
+    def one_lane(self) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+        """Value and gradient at one point, between float64 arrays, with as little around the graph as can be."""
+        dtype, device = self.program.dtype, self.program.device
+        plain = dtype == torch.float64 and device.type == "cpu"
+        run: Callable[[Tensor], tuple[Tensor, Tensor]] = self.log_density_and_grad
+        if not self._outside and self.program.problems is None:
+            example = {"z": torch.zeros(1, self.dim, dtype=dtype, device=device)}
+            bound = self._density(example).bind(example, self._shared(), ("z",))
+            run = bound
+
+        def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
+            z = torch.from_numpy(x)[None]
+            value, grad = run(z if plain else z.to(device=device, dtype=dtype))
+            return value.item(), (grad[0] if plain else grad[0].double().cpu()).numpy()
+
+        return evaluate
 
     # Between the two spaces ------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """A function of one draw, captured as a graph, run for many draws at once, differentiated, compiled when that pays.
 
 `LaneFunction` takes a function `fn(lane, shared)` of flat dictionaries of tensors. `lane` holds what differs between
-draws, `shared` what does not (data, parameters, subsample indices). The function is traced once into a graph; the graph,
-not the Python code, is vmapped, so that handlers cost nothing inside loops. Every graph is compared with the eager
-function at fresh inputs before it is used.
+draws, `shared` what does not (data, parameters, subsample indices). The function is traced once into a graph; the
+graph, not the Python code, is vmapped, so that handlers cost nothing inside loops. Every graph is compared with the
+eager function at fresh inputs before it is used.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class LaneFunction:
         return value, dict(zip(wrt, grads, strict=True))
 
     def prepare(self, lane: Inputs, shared: Inputs, *, wrt: Sequence[str] | None, calls: int) -> str:
-        """Capture, and compile where that pays, for `calls` calls with as many lanes as `lane` has; says what was chosen."""
+        """Capture, and compile where that pays, for `calls` calls at the lane count of `lane`; says what was chosen."""
         key = (self._lanes(lane), None if wrt is None else tuple(wrt))
         runner = self._runners.setdefault(key, self._plain(key[1]))
         if self.batching == "loop" or runner.kind == "inductor":
@@ -123,6 +123,17 @@ class LaneFunction:
         if runner.kind == "graph" and self._worth_compiling(runner, args, calls):
             self._inductor(runner, args)
         return runner.kind
+
+    def bind(self, lane: Inputs, shared: Inputs, wrt: Sequence[str]) -> Callable[[Tensor], Any]:
+        """Value and gradients as a function of the first lane input alone, the others held; for many calls."""
+        runner = self._runners.setdefault((self._lanes(lane), tuple(wrt)), self._plain(tuple(wrt)))
+        rest = self._args(lane, shared)[1:]
+
+        def call(first: Tensor) -> Any:
+            with torch.no_grad():
+                return runner.call(first, *rest)
+
+        return call
 
     def _run(self, wrt: tuple[str, ...] | None, lane: Inputs, shared: Inputs) -> Sequence[Tensor]:
         key = (self._lanes(lane), wrt)
@@ -223,7 +234,7 @@ class LaneFunction:
 
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled = compile_fx(runner.call, args)
+                compiled: Any = compile_fx(runner.call, args)  # type: ignore[arg-type]
                 out, expected = compiled(*args), runner.call(*args)
             tolerance = 1e-9 if out[0].dtype == torch.float64 else 1e-3
             if not all(_close(a, b, tolerance) for a, b in zip(out, expected, strict=True)):
@@ -254,8 +265,10 @@ class LaneFunction:
             finally:
                 self._runners.clear()
         raise TraceError(
-            "the model cannot be traced into a graph, because it branches on a value, converts one to Python or uses an "
-            "operation that cannot be batched. " + "; ".join(failures) + ". Write it with torch operations on tensors "
+            "the model cannot be traced into a graph, because it branches on a value, converts one to Python or uses "
+            "an operation that cannot be batched. "
+            + "; ".join(failures)
+            + ". Write it with torch operations on tensors "
             '(torch.where for a branch), or use Program(..., batching="loop"), which runs draw by draw.'
         )
 
@@ -265,8 +278,9 @@ class LaneFunction:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:
                 raise TraceError(
-                    f"the density is random: the model draws random numbers outside pyro.sample (operation {node.target}). "
-                    "Make the draw a site, pass it as data, or put dropout and batch norm in eval mode."
+                    f"the density is random: the model draws random numbers outside pyro.sample (operation "
+                    f"{node.target}). Make the draw a site, pass it as data, or put dropout and batch norm in "
+                    "eval mode."
                 )
         self.nodes = len(graph.graph.nodes)
         return graph
@@ -341,7 +355,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _disagreement(what: str, eager: Sequence[Tensor], batched: Sequence[Tensor]) -> str:
     pairs = [(a.flatten()[:3].tolist(), b.flatten()[:3].tolist()) for a, b in zip(eager, batched, strict=True)]
     return (
-        f"the traced graph and the model disagree in {what} at fresh inputs (model, graph: {pairs[:3]}). The model uses "
-        "something that tracing bakes in, such as numpy, .item() or .detach(), or it is random. Write it with torch "
-        'operations, or use Program(..., batching="loop").'
+        f"the traced graph and the model disagree in {what} at fresh inputs (model, graph: {pairs[:3]}). The model "
+        "uses something that tracing bakes in, such as numpy, .item() or .detach(), or it is random. Write it with "
+        'torch operations, or use Program(..., batching="loop").'
     )

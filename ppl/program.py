@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from torch.utils import _pytree as pytree
 from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
 from ppl.trace import (
-    Layout,
     Run,
     Site,
     check_latents,
@@ -108,6 +106,8 @@ class Program:
         self._replaced: dict[str, Any] = {}
         self._overridden: dict[str, Tensor] = {}
         self._lane_args: frozenset[str] = frozenset()
+        self._single_functions: dict[Any, LaneFunction] = {}
+        self.sites: dict[str, Site] = {}
         self._bind(args, kwargs)
         self._read()
 
@@ -375,7 +375,8 @@ class Program:
         chosen = list(names) or able
         if not chosen:
             raise ProgramError(
-                f"no latent site can be built from noise; sites and capabilities: { {n: sorted(c) for n, c in self.capabilities.items()} }"
+                "no latent site can be built from noise; sites and capabilities: "
+                f"{ {n: sorted(c) for n, c in self.capabilities.items()} }"
             )
         for name in chosen:
             if name not in able:
@@ -421,7 +422,7 @@ class Program:
         latents = {n: s for n, s in self.latents.items() if not s.discrete}
         values = {n: self._first_values[n].detach().clone().requires_grad_() for n in latents}
         trace, _ = self._trace({}, self._shared(), Run(values=values))
-        total = log_prob_of(trace, lambda node: True if node["is_observed"] else False, enumerated=False, nesting=0)
+        total = log_prob_of(trace, lambda node: bool(node["is_observed"]), enumerated=False, nesting=0)
         priors = {n: _prior_term(trace, n) for n in latents}
         unused = []
         for name, value in values.items():
@@ -482,7 +483,7 @@ class Program:
             self.dtype = dtype
         self.device = tensors[0].device if tensors else torch.device("cpu")
         args, kwargs = self._arguments({})
-        traces = []
+        traces: list[tuple[Any, list[str]]] = []
         for seed in (0, 1):
             if seed == 1 and not traces[0][1]:
                 continue
@@ -535,7 +536,7 @@ class Program:
         }
         self._stacked: dict[str, Tensor] = {}
         self._rows: tuple[dict[str, Any], ...] = ()
-        self._single_functions: dict[Any, LaneFunction] = {}
+        self._single_functions = {}
 
     def _fixed_value(self, site: Site) -> Tensor:
         return self._first_values[site.name]

@@ -18,7 +18,6 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -62,7 +61,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Leaf:
-    """Place of one latent site in the flat vector: `z[start:stop]`, reshaped to `shape` (unconstrained, full plates)."""
+    """Place of one latent site in the flat vector: `z[start:stop]`, reshaped to `shape` (unconstrained, full)."""
 
     site: str
     start: int
@@ -205,7 +204,7 @@ def gather(value: Tensor, msg: Any, indices: Mapping[str, Tensor]) -> Tensor:
     return value
 
 
-def is_data(msg: Mapping[str, Any]) -> bool:
+def is_data(msg: Any) -> bool:
     """Whether a sample message or trace node carries data (not a deterministic value, a factor or plate indices)."""
     return bool(
         msg["type"] == "sample"
@@ -220,9 +219,7 @@ def is_data(msg: Mapping[str, Any]) -> bool:
 def unwrap(fn: Any) -> Any:
     """The distribution below `to_event`, `mask` and a generic `expand`."""
     while True:
-        if isinstance(fn, dist.Independent | ExpandedDistribution | dist.MaskedDistribution) or (
-            isinstance(fn, torch.distributions.Independent)
-        ):
+        if isinstance(fn, ExpandedDistribution | dist.MaskedDistribution | torch.distributions.Independent):
             fn = fn.base_dist
         else:
             return fn
@@ -323,8 +320,8 @@ def check_observations(trace: Any) -> None:
         if value.shape != expected:
             raise ShapeError(
                 f"observed site {name!r} has data of shape {tuple(value.shape)}, but its distribution has shape "
-                f"{tuple(expected)}; put the site in a pyro.plate, declare its event axes with .to_event(n), or reshape "
-                "the data"
+                f"{tuple(expected)}; put the site in a pyro.plate, declare its event axes with .to_event(n), or "
+                "reshape the data"
             )
         if value.is_floating_point() or value.is_complex():
             bad = int((~torch.isfinite(value)).sum())

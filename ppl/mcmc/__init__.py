@@ -1,0 +1,7 @@
+"""Markov chain Monte Carlo: engines whose draws are exact in the limit of many."""
+
+from __future__ import annotations
+
+from ppl.mcmc.nuts import NUTS
+
+__all__ = ["NUTS"]
