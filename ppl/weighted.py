@@ -119,8 +119,7 @@ def quantile(x: Tensor, weights: Tensor | None, q: Tensor) -> Tensor:
     else:
         reached = _like(weights, x).expand_as(x).gather(1, order).cumsum(1)
         for level in q.tolist():
-            below = (reached < level - 1e-12) | (reached == 0)
-            index = below.sum(1, keepdim=True).clamp_max(count - 1)
+            index = (reached < level - 1e-12).sum(1, keepdim=True).clamp_max(count - 1)
             results.append(ordered.gather(1, index).squeeze(1))
     bad = torch.isnan(x).any(1)
     return torch.stack([torch.where(bad, torch.nan, result) for result in results]) if results else x[:0, 0]

@@ -294,6 +294,8 @@ def test_not_due_writes_nothing(tmp_path: Path) -> None:
     monitor.stop("test")
     monitor.checkpoint(1, {"a": torch.ones(1)})
     assert folder.exists(), "an interruption stores the state whatever the clock says"
+    monitor.finish("chain 0", {"a": torch.ones(1)})
+    assert monitor.finished("chain 0") is None, "an interrupted chain is not a finished one"
     monitor.done()
     assert folder.exists(), "an interrupted run keeps its checkpoint"
 
