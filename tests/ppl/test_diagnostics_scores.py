@@ -221,3 +221,9 @@ def test_band_holds_uniform_ranks_as_often_as_promised() -> None:
     share = float(((ecdf >= low - 1e-9) & (ecdf <= high + 1e-9)).all(1).double().mean())
     # Discrete counts can only make the band wider than asked.
     assert -z_bound(1e-5) * math.sqrt(0.09 / repeats) - 0.02 < share - 0.9 < 0.07
+
+
+def test_ecdf_counts_both_tails_with_their_own_point() -> None:
+    """One rank among one draw: both outcomes have probability one half, so neither is evidence of anything."""
+    for rank in (0, 1):
+        assert ecdf_p_value(torch.tensor([rank]), 1, generator=generator(), replicates=50) == 1.0

@@ -55,3 +55,10 @@ def test_refusals() -> None:
         FourierMask(torch.ones(3, 3, dtype=torch.bool), (4, 3))
     with pytest.raises(DataError, match="nothing"):
         FourierMask(torch.zeros(3, 3, dtype=torch.bool))
+
+
+def test_hartley_by_definition() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    i, j = torch.arange(3, dtype=torch.float64)[:, None], torch.arange(4, dtype=torch.float64)[None, :]
+    angle = 2 * math.pi * (2 * i / 3 + 1 * j / 4)
+    torch.testing.assert_close(hartley(x)[2, 1], (x * (angle.cos() + angle.sin())).sum() / math.sqrt(12))

@@ -84,3 +84,11 @@ def test_says_when_it_did_not_converge() -> None:
         conjugate_gradient(lambda x: x * torch.nan, b)
     with pytest.raises(OptionError, match="fixed_steps"):
         conjugate_gradient(product(M), b, fixed_steps=0)
+
+
+def test_stops_at_the_tolerance_and_not_far_beyond() -> None:
+    d = torch.linspace(1, 1e4, 300, dtype=torch.float64)
+    solution = conjugate_gradient(lambda x: d * x, torch.ones(300, dtype=torch.float64), tolerance=1e-3)
+    assert 1e-4 < float(solution.residual) <= 1e-3
+    true = (1 - d * solution.x).norm() / 300**0.5
+    assert float(true) == pytest.approx(float(solution.residual), rel=1e-6)
