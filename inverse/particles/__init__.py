@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inverse.particles.core import ess, merge, root_ess, run_particles, systematic
+from inverse.particles.core import run_particles, systematic
 from inverse.particles.twisted import TwistedSMC
 
-__all__ = ["TwistedSMC", "ess", "merge", "root_ess", "run_particles", "systematic"]
+__all__ = ["TwistedSMC", "run_particles", "systematic"]

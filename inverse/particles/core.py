@@ -10,22 +10,18 @@ lore for the first, [derived] and measured for the root ESS as an error bar.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from ppl.diagnostics.ess import kish_ess, merge_root_ess, root_ess
 from ppl.monitor import Monitor
 
-__all__ = ["Kernel", "Merged", "Population", "Run", "ess", "merge", "root_ess", "run_particles", "systematic"]
-
-
-def ess(log_weight: Tensor) -> Tensor:
-    """Kish's effective sample size of log weights (particle,): 0-d."""
-    w = torch.softmax(log_weight, -1)
-    return 1 / w.square().sum(-1)
+__all__ = ["Kernel", "Merged", "Population", "Run", "merge", "run_particles", "systematic"]
 
 
 def systematic(log_weight: Tensor, count: int, u: Tensor) -> Tensor:
@@ -45,18 +41,6 @@ def systematic(log_weight: Tensor, count: int, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, points).clamp(max=len(log_weight) - 1)
 
 
-def root_ess(log_weight: Tensor, roots: Tensor) -> Tensor:
-    """Effective number of independent draws, from the weight that each initial particle passed on: 0-d.
-
-    Args:
-        log_weight: (particle,) final log weights.
-        roots: (particle,) index of the initial ancestor of each particle.
-    """
-    w = torch.softmax(log_weight.double(), -1)
-    carried = torch.zeros(int(roots.max()) + 1, dtype=w.dtype, device=w.device).index_add_(0, roots, w)
-    return 1 / carried.square().sum()
-
-
 class Population(Protocol):
     """The state of all particles at one noise level."""
 
@@ -65,7 +49,7 @@ class Population(Protocol):
         """(particle,) log of the twist, an estimate of log p(y | x_sigma)."""
         ...
 
-    def select(self, index: Tensor) -> Population:
+    def select(self, index: Tensor) -> Self:
         """The same state with particles `index`, every part permuted together."""
         ...
 
@@ -74,26 +58,29 @@ class Population(Protocol):
         ...
 
 
-class Kernel(Protocol):
+P = TypeVar("P", bound="Population")
+
+
+class Kernel(Protocol[P]):
     """Moves a population down the noise levels; what it targets is the program, whatever its guide."""
 
-    def start(self, particles: int, generator: torch.Generator) -> Population:
+    def start(self, particles: int, generator: torch.Generator) -> P:
         """Particles at the first noise level."""
         ...
 
-    def move(self, population: Population, level: int, generator: torch.Generator) -> tuple[Population, Tensor]:
+    def move(self, population: P, level: int, generator: torch.Generator) -> tuple[P, Tensor]:
         """From `level` to the next positive one; the log weight increment (particle,)."""
         ...
 
-    def last_weight(self, population: Population) -> Tensor:
+    def last_weight(self, population: P) -> Tensor:
         """Log weight increment (particle,) of the final step to the clean value."""
         ...
 
-    def finish(self, population: Population, generator: torch.Generator) -> Tensor:
+    def finish(self, population: P, generator: torch.Generator) -> Tensor:
         """Clean values (particle, *site)."""
         ...
 
-    def unpack(self, tensors: dict[str, Tensor], level: int) -> Population:
+    def unpack(self, tensors: dict[str, Tensor], level: int) -> P:
         """The population that `pack` described, at `level`."""
         ...
 
@@ -107,7 +94,7 @@ class Kernel(Protocol):
 class Run:
     """One run of the particle engine, at the last positive noise level."""
 
-    population: Population
+    population: Any
     log_weight: Tensor
     roots: Tensor
     log_z: Tensor
@@ -117,7 +104,30 @@ class Run:
     @property
     def root_ess(self) -> Tensor:
         """Honest number of independent draws."""
-        return root_ess(self.log_weight, self.roots)
+        return root_ess(self.log_weight, self.roots, len(self.log_weight))
+
+    def pack(self) -> dict[str, Tensor]:
+        """Tensors from which `unpack` builds the run again."""
+        return {f"p.{n}": t for n, t in self.population.pack().items()} | {
+            "log_weight": self.log_weight,
+            "roots": self.roots,
+            "log_z": self.log_z,
+            "ess": torch.tensor(self.ess, dtype=torch.float64),
+            "resampled": torch.tensor(self.resampled),
+        }
+
+    @classmethod
+    def unpack(cls, kernel: Kernel[Any], saved: Mapping[str, Tensor], level: int) -> Run:
+        """The run that `pack` described, at a noise level."""
+        own = {n.removeprefix("p."): t for n, t in saved.items() if n.startswith("p.")}
+        return cls(
+            kernel.unpack(own, level),
+            saved["log_weight"],
+            saved["roots"],
+            saved["log_z"],
+            saved["ess"].tolist(),
+            int(saved["resampled"]),
+        )
 
     @property
     def distinct_roots(self) -> int:
@@ -131,7 +141,7 @@ class Run:
 
 
 def run_particles(
-    kernel: Kernel,
+    kernel: Kernel[Any],
     particles: int,
     *,
     threshold: float,
@@ -154,22 +164,15 @@ def run_particles(
     """
     saved = monitor.resume()
     if saved is not None:
-        start = int(saved.pop("step"))
-        run = Run(
-            kernel.unpack({n.removeprefix("p."): t for n, t in saved.items() if n.startswith("p.")}, start),
-            saved["log_weight"],
-            saved["roots"],
-            saved["log_z"],
-            saved["ess"].tolist(),
-            int(saved["resampled"]),
-        )
+        start = int(saved["step"])
+        run = Run.unpack(kernel, saved, start)
     else:
         start = 0
         population = kernel.start(particles, generator)
         log_weight = population.log_twist
         roots = torch.arange(particles, device=log_weight.device)
         run = Run(population, log_weight, roots, torch.zeros((), dtype=torch.float64, device=log_weight.device))
-        run.ess.append(float(ess(log_weight)))
+        run.ess.append(float(kish_ess(log_weight)))
     done = start
     for level in monitor.steps(kernel.levels - 1, label, start=start):
         if run.ess[-1] < threshold * particles:
@@ -182,26 +185,15 @@ def run_particles(
         run.population, increment = kernel.move(run.population, level, generator)
         monitor.check_finite("log weight", increment, f"noise level {level + 1} of {kernel.levels}")
         run.log_weight = run.log_weight + increment
-        run.ess.append(float(ess(run.log_weight)))
+        run.ess.append(float(kish_ess(run.log_weight)))
         monitor.report(ess=run.ess[-1])
         done = level + 1
-        monitor.checkpoint(done, lambda: _state(run))
+        monitor.checkpoint(done, run.pack)
     if done < kernel.levels - 1:
         return None
     run.log_weight = run.log_weight + kernel.last_weight(run.population)
-    run.ess[-1] = float(ess(run.log_weight))
+    run.ess[-1] = float(kish_ess(run.log_weight))
     return run
-
-
-def _state(run: Run) -> dict[str, Tensor]:
-    return {
-        **{f"p.{n}": t for n, t in run.population.pack().items()},
-        "log_weight": run.log_weight,
-        "roots": run.roots,
-        "log_z": run.log_z,
-        "ess": torch.tensor(run.ess, dtype=torch.float64),
-        "resampled": torch.tensor(run.resampled),
-    }
 
 
 @dataclass(frozen=True)
@@ -221,8 +213,8 @@ class Merged:
     @property
     def root_ess(self) -> Tensor:
         """Honest number of independent draws of all runs together."""
-        each = torch.stack([r.root_ess for r in self.runs])
-        return 1 / (self.share.square() / each).sum()
+        evidence = torch.stack([r.log_evidence for r in self.runs])
+        return merge_root_ess(evidence, torch.stack([r.root_ess for r in self.runs]))
 
     @property
     def log_evidence(self) -> Tensor:
@@ -250,7 +242,7 @@ class Merged:
         bounds = [0]
         for r in self.runs:
             bounds.append(bounds[-1] + len(r.log_weight))
-        return [index[(index >= a) & (index < b)] - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [index[(index >= a) & (index < b)] - a for a, b in pairwise(bounds)]
 
 
 def merge(

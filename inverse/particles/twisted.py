@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from inverse.chunks import Chunks
+from inverse.guides import PiGDMGuide
 from inverse.particles.closure import ClosureKernel
 from inverse.particles.core import Kernel, Merged, Run, merge, run_particles
+from inverse.particles.guided import GuidedKernel
 from inverse.problem import DiffusionProblem
 from ppl.backend import Exactness, register
 from ppl.errors import NotFiniteError, OptionError
 from ppl.monitor import Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
+from sde.solvers import DPMSolver2MSDE
+from sde.solvers.transition import Solver
 
 __all__ = ["TwistedSMC"]
 
@@ -29,10 +33,12 @@ class TwistedSMC:
     Args:
         steps: noise levels; None takes the prior's own number.
         particles: particles of one run; None takes the number of draws asked for.
-        kernel: how particles move, `Closure()` or `Guided(guide)`; None takes the closure where the prior has a
-            covariance that can be drawn from, and the guided kernel otherwise.
+        guide: what leads the particles, such as `PiGDMGuide()`; None takes the full moment closure where the prior
+            has an exact covariance, and `PiGDMGuide()` otherwise.
+        solver: the stochastic solver that a guide acts in.
         threshold: resample when ESS < threshold * particles.
         runs: at most this many runs per chain; 1 never repeats.
+        chunk: particles per guide call; changes memory, nothing else.
 
     The target is the program with the discretised prior: the error vanishes as particles (and steps) grow. Draws are
     equally weighted; `info["root_ess"]` says how many independent ones they are worth.
@@ -56,9 +62,11 @@ class TwistedSMC:
 
     steps: int | None = None
     particles: int | None = None
-    kernel: Any = None
+    guide: Any = None
+    solver: Solver = field(default_factory=DPMSolver2MSDE)
     threshold: float = 0.5
     runs: int = 8
+    chunk: int | None = None
 
     exact: ClassVar[Exactness] = "in_the_limit"
     limit: ClassVar[tuple[str, ...]] = ("particles", "steps")
@@ -76,6 +84,9 @@ class TwistedSMC:
             raise OptionError(f"threshold must lie in (0, 1], a share of the particles, got {self.threshold}")
         if self.runs < 1:
             raise OptionError(f"runs must be one or more, got {self.runs}")
+        if self.guide is not None and not hasattr(self.guide, "bind"):
+            raise OptionError(f"expected a guide such as inverse.PiGDMGuide(), got {self.guide!r}")
+        Chunks(self.chunk)
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
@@ -102,18 +113,15 @@ class TwistedSMC:
             attrs={"complete": len(found) == chains, "independent": "roots"},
         )
 
-    def _kernel(self, problem: DiffusionProblem, monitor: Monitor) -> Kernel:
+    def _kernel(self, problem: DiffusionProblem, monitor: Monitor) -> Kernel[Any]:
         sigmas = problem.prior.sigmas(self.steps)
-        if self.kernel is not None:
-            return self.kernel.bind(problem, sigmas, monitor.cost)
-        if "exact_covariance" in problem.prior.capabilities:
+        if self.guide is None and "exact_covariance" in problem.prior.capabilities:
             return ClosureKernel(problem, sigmas)
-        from inverse.particles.guided import Guided
-
-        return Guided().bind(problem, sigmas, monitor.cost)
+        guide = PiGDMGuide() if self.guide is None else self.guide
+        return GuidedKernel(problem, sigmas, guide.bind(problem, monitor.cost), self.solver, self.chunk)
 
     def _chain(
-        self, kernel: Kernel, draws: int, chain: int, generator: torch.Generator, monitor: Monitor
+        self, kernel: Kernel[Any], draws: int, chain: int, generator: torch.Generator, monitor: Monitor
     ) -> tuple[Tensor, Merged] | None:
         """One chain: runs until the merge is worth `draws` independent draws."""
         particles = self.particles or draws
@@ -124,12 +132,12 @@ class TwistedSMC:
             with monitor.section(f"chain {chain}, run {r}"):
                 saved = monitor.finished("run")
                 if saved is not None:
-                    return _restore(kernel, saved)
+                    return Run.unpack(kernel, saved, kernel.levels - 1)
                 run = run_particles(
                     kernel, particles, threshold=self.threshold, generator=generator, monitor=monitor, label="levels"
                 )
                 if run is not None:
-                    monitor.finish("run", _store(run))
+                    monitor.finish("run", run.pack())
                 return run
 
         merged, reached = merge(one_run, target=min(draws, particles), limit=self.runs, monitor=monitor)
@@ -138,8 +146,8 @@ class TwistedSMC:
         if not reached and self.runs > 1:
             monitor.note(
                 f"TwistedSMC: after {len(merged.runs)} runs of {particles} particles the draws are worth "
-                f"{float(merged.root_ess):.0f} independent ones (root ESS), asked for {draws}; raise particles, or use a "
-                "better guide"
+                f"{float(merged.root_ess):.0f} independent ones (root ESS), asked for {draws}; raise particles, or use "
+                "a better guide"
             )
         parts = [
             kernel.finish(run.population.select(index), generator)
@@ -149,39 +157,10 @@ class TwistedSMC:
         return torch.cat(parts), merged
 
 
-def _store(run: Run) -> dict[str, Tensor]:
-    tensors = {f"p.{n}": t for n, t in run.population.pack().items()}
-    return tensors | {
-        "log_weight": run.log_weight,
-        "roots": run.roots,
-        "log_z": run.log_z,
-        "ess": torch.tensor(run.ess, dtype=torch.float64),
-        "resampled": torch.tensor(run.resampled),
-    }
-
-
-def _restore(kernel: Kernel, saved: Mapping[str, Tensor]) -> Run:
-    population = kernel.unpack(
-        {n.removeprefix("p."): t for n, t in saved.items() if n.startswith("p.")}, kernel.levels - 1
-    )
-    return Run(
-        population,
-        saved["log_weight"],
-        saved["roots"],
-        saved["log_z"],
-        saved["ess"].tolist(),
-        int(saved["resampled"]),
-    )
-
-
 def _evidence(merged: list[Merged]) -> Estimate:
     """Evidence of all chains together: chains are runs as well."""
-    return Estimate(*_all(merged))
-
-
-def _all(merged: list[Merged]) -> tuple[Tensor, Tensor]:
     together = Merged(tuple(run for m in merged for run in m.runs))
-    return together.log_evidence, together.stderr
+    return Estimate(together.log_evidence, together.stderr)
 
 
 def _info(merged: list[Merged]) -> dict[str, Tensor]:

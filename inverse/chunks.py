@@ -1,0 +1,85 @@
+"""Split a batch for calls that need memory; the noise is drawn before, so that chunks change nothing but memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ppl.errors import OptionError, PilotlightError
+
+__all__ = ["Chunks", "MemoryLimitError"]
+
+
+class MemoryLimitError(PilotlightError, MemoryError):
+    """Not even one row fits in memory."""
+
+
+class Chunks:
+    """Calls a function on parts of a batch, and on smaller parts when one does not fit in memory.
+
+    Args:
+        size: rows of one call; None takes the whole batch.
+
+    Example:
+        >>> Chunks(2)(lambda x: 2 * x, torch.arange(5))
+        tensor([0, 2, 4, 6, 8])
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise OptionError(f"chunk must be one or more rows, got {size}")
+        self.size = size
+
+    def __call__(self, fn: Callable[..., Any], *batch: Any) -> Any:
+        """fn(*batch), where every tensor of `batch` and of the result has the rows in front.
+
+        Raises:
+            MemoryLimitError: one row alone does not fit.
+        """
+        leaves, spec = pytree.tree_flatten(batch)
+        rows = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).shape[0]
+        parts: list[Any] = []
+        start = 0
+        while start < rows or not parts:
+            stop = min(start + (self.size or max(rows, 1)), rows)
+            piece = [leaf[start:stop] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            try:
+                parts.append(fn(*pytree.tree_unflatten(piece, spec)))
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._shrink(stop - start, error)
+                continue
+            start = max(stop, 1)
+        return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+    def _shrink(self, tried: int, error: BaseException) -> None:
+        if tried <= 1:
+            raise MemoryLimitError(
+                f"one row of the batch does not fit in memory ({error}); use a smaller network or image, or a device "
+                "with more memory"
+            ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.size = math.ceil(tried / 2)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    flat = [pytree.tree_flatten(part) for part in parts]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(joined, flat[0][1])
