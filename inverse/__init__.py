@@ -1,1 +1,31 @@
-"""placeholder"""
+"""Inference that uses the structure of a diffusion: exact, guided, by particles, variational.
+
+Every backend reads data, operator and noise level from the program.
+"""
+
+from __future__ import annotations
+
+from inverse.exact import Exact
+from inverse.guides import DPSGuide, Guided, MomentMatchingGuide, PiGDMGuide, as_denoiser
+from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
+from inverse.particles import TwistedSMC
+from inverse.problem import DiffusionProblem
+from inverse.samplers import DPS, GuidedSampler, MomentMatching, PiGDM
+
+__all__ = [
+    "DPS",
+    "DPSGuide",
+    "DiffusionProblem",
+    "Exact",
+    "GaussianLikelihood",
+    "Guided",
+    "GuidedSampler",
+    "Likelihood",
+    "MomentMatching",
+    "MomentMatchingGuide",
+    "PiGDM",
+    "PiGDMGuide",
+    "TwistedSMC",
+    "as_denoiser",
+    "read_likelihood",
+]

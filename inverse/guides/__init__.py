@@ -1,0 +1,20 @@
+"""Guides: how data bend the denoiser. Options first, `bind(problem)`, then (x, sigma) -> Guided."""
+
+from __future__ import annotations
+
+from inverse.guides.base import BoundGuide, Guide, Guided, as_denoiser
+from inverse.guides.closure import ConditionedCovariance
+from inverse.guides.dps import DPSGuide
+from inverse.guides.moment_matching import MomentMatchingGuide
+from inverse.guides.pigdm import PiGDMGuide
+
+__all__ = [
+    "BoundGuide",
+    "ConditionedCovariance",
+    "DPSGuide",
+    "Guide",
+    "Guided",
+    "MomentMatchingGuide",
+    "PiGDMGuide",
+    "as_denoiser",
+]

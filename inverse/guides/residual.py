@@ -1,0 +1,63 @@
+"""y - A(x) in the units of the data, without the noise level: what DPS and RED-diff are published with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inverse.problem import DiffusionProblem
+from ppl.errors import CapabilityError
+from ppl.trace import is_data, unwrap
+
+__all__ = ["misfit", "residual_fn"]
+
+
+def residual_fn(problem: DiffusionProblem) -> Callable[[Tensor], Tensor]:
+    """The function x (lanes, *shape) -> y - A(x) (lanes, m) of all observed sites, differentiable in x.
+
+    A(x) is the mean of the observed distribution, linear in x or not; masked entries are left out (they are zero).
+
+    Raises:
+        CapabilityError: when an observed distribution has no mean to compare real data with.
+    """
+    likelihood = problem.likelihood
+    gaussian = likelihood.gaussian if likelihood.is_gaussian else None
+    if gaussian is not None and gaussian.stddev is not None:
+        data = gaussian.data * gaussian.stddev
+        return lambda x: (data - gaussian.measured(x)).reshape(len(x), -1).to(x.dtype)
+    read = problem.program.batched(_residuals)
+    return lambda x: read(likelihood.values(x))
+
+
+def _residuals(trace: Any) -> Tensor:
+    """Residuals of one draw, flattened and joined."""
+    parts = []
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not is_data(node):
+            continue
+        fn = node["fn"]
+        try:
+            mean = unwrap(fn).mean
+        except NotImplementedError:
+            raise CapabilityError(
+                f"the published weight compares the data of {name!r} with their mean, but {type(unwrap(fn)).__name__} "
+                'has none; use the likelihood itself: weight="likelihood" (DPS) or scale="likelihood" (RED-diff)'
+            ) from None
+        gap = node["value"] - mean
+        if isinstance(node["mask"], Tensor):
+            mask = node["mask"].reshape(*node["mask"].shape, *[1] * len(fn.event_shape))
+            gap = torch.where(mask, gap, torch.zeros_like(gap))
+        parts.append(gap.reshape(-1))
+    return torch.cat(parts)
+
+
+def misfit(residual: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """||y - A(x)||^2 / 2 per lane (lanes,), and its gradient (lanes, *shape)."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = 0.5 * residual(leaf).square().sum(-1)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient
