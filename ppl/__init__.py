@@ -15,13 +15,14 @@ from ppl.errors import (
     TraceError,
     WeightsError,
 )
-from ppl.mcmc import NUTS
+from ppl.mcmc import HMC, NUTS
 from ppl.monitor import Event, Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
 
 __all__ = [
+    "HMC",
     "NUTS",
     "SVI",
     "AutoGuide",

@@ -234,7 +234,7 @@ class LaneFunction:
 
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled: Any = compile_fx(runner.call, args)  # type: ignore[arg-type]
+                compiled: Any = compile_fx(runner.call, args)
                 out, expected = compiled(*args), runner.call(*args)
             tolerance = 1e-9 if out[0].dtype == torch.float64 else 1e-3
             if not all(_close(a, b, tolerance) for a, b in zip(out, expected, strict=True)):

@@ -71,6 +71,7 @@ class Program:
         ShapeError: data do not have the shape of their distribution.
 
     Example:
+        >>> import pyro
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(y)):

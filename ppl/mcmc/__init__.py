@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ppl.mcmc.hmc import HMC
 from ppl.mcmc.nuts import NUTS
 
-__all__ = ["NUTS"]
+__all__ = ["HMC", "NUTS"]
