@@ -139,19 +139,20 @@ class FlatDensity:
 
     # Between the two spaces ------------------------------------------------------------------------------------------
 
-    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+    def constrain(self, z: Tensor, subsample: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Site values of unconstrained vectors, (lanes, dim) -> site -> (lanes, *shape), with deterministic sites.
 
-        A lifted site appears as its value under its name and as its noise under `name_noise`.
+        Sites in subsampled plates have the rows that `subsample` shows. A lifted site appears as its value under its
+        name and as its noise under `name_noise`.
         """
         self._check(z)
         with torch.no_grad():
             # Lanes of many problems are problem-major, so that a chunk would cut across problems.
             size = LANES_AT_ONCE if self.program.problems is None else max(len(z), 1)
-            chunks = [self._constrain(part) for part in z.split(size)] if len(z) else [self._constrain(z)]
+            chunks = [self._constrain(part, subsample) for part in (z.split(size) if len(z) else [z])]
         return {n: torch.cat([c[n] for c in chunks]) for n in chunks[0]}
 
-    def _constrain(self, z: Tensor) -> dict[str, Tensor]:
+    def _constrain(self, z: Tensor, subsample: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         lane, _ = self._lane(z)
         built = {leaf.site for leaf in self._outside}
         # A deterministic site that depends on a discrete one has no single value once that is summed out.
@@ -168,7 +169,7 @@ class FlatDensity:
             }
 
         function = self.program._function(("constrain", self.program.lifted), one, lane)
-        out = dict(function(lane, self.program._shared()))
+        out = dict(function(lane, self._shared(subsample)))
         for leaf in self.layout.leaves.values():
             if leaf.noise:
                 out[f"{leaf.site}_noise"] = z[:, leaf.start : leaf.stop].reshape(-1, *leaf.shape)
