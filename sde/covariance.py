@@ -287,6 +287,8 @@ class NetworkCovariance:
         self.event_shape, self.dense_limit = event_shape, dense_limit
         self._denoise, self._x, self._on_product = denoise, x, on_product
         self._rows = math.prod(x.shape[: x.ndim - len(event_shape)])
+        # Products are tracked as the first evaluation was, and not because the network's parameters are.
+        self._grad = torch.is_grad_enabled()
         sigma = sigma.to(x)
         self._variance = sigma.square().reshape(*sigma.shape, *[1] * len(event_shape))
         # Flash and memory-efficient attention have no derivative of a derivative; the plain kernel has.
@@ -301,12 +303,13 @@ class NetworkCovariance:
     def vjp(self, v: Tensor) -> Tensor:
         """J^T v, for v: (*batch, *event)."""
         self._on_product(self._rows)
-        return self._vjp(v)[0]
+        with torch.set_grad_enabled(self._grad):
+            return self._vjp(v)[0]
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, for v: (*batch, *event); one more forward pass."""
         self._on_product(self._rows)
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.set_grad_enabled(self._grad), sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(self._denoise, (self._x,), (v,))[1]
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -289,25 +289,22 @@ class DiffusionPrior(DenoisingPrior):
         return log_prob.reshape(lead_in).expand(lead)
 
     def log_prob_estimate(
-        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 64, repeats: int = 8
+        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 32, repeats: int = 8
     ) -> Estimate:
         """Log density with a standard error, from denoising errors alone (I-MMSE); see `DenoisingPrior`.
 
         Args:
             value: (*batch, *event).
             generator: source of the noise; None takes torch's global one.
-            levels: noise levels of one repeat.
+            levels: noise levels of one repeat; two network calls each.
             repeats: independent repeats, at least 2.
         """
-        if self.label is not None and self.label.ndim:
-            batch = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
-            rows = value.expand(batch + self.event_shape)
-            parts = [
-                DenoisingPrior.log_prob_estimate(self._given(c), v[None], generator, levels=levels, repeats=repeats)
-                for v, c in zip(rows.reshape(-1, *self.event_shape), self.label.expand(batch).reshape(-1), strict=True)
-            ]
-            return Estimate(*(torch.cat(values).reshape(batch) for values in zip(*parts, strict=True)))
-        return super().log_prob_estimate(value, generator, levels=levels, repeats=repeats)
+        batch = value.shape[: value.ndim - len(self.event_shape)]
+        lead = torch.broadcast_shapes(batch, Size() if self.label is None else self.label.shape)
+        prior = self._given(self._row_labels(lead))
+        rows = value.expand(lead + self.event_shape).reshape(lead.numel(), *self.event_shape)
+        estimate = DenoisingPrior.log_prob_estimate(prior, rows, generator, levels=levels, repeats=repeats)
+        return Estimate(*(part.reshape(lead) for part in estimate))
 
 
 def _tracked(x: Tensor) -> bool:

@@ -50,7 +50,7 @@ class GaussianMixture(DenoisingPrior):
         sigma_min: lowest noise level of the grid; by default half the smallest standard deviation of a component.
         sigma_max: highest noise level; by default five times `data_std`.
         steps: default number of steps of `sigmas`.
-        noise_steps: steps of the deterministic sampler in `from_noise` (K > 1).
+        noise_steps: steps of the deterministic sampler in `from_noise` (K > 1), down to sigma_min / 100.
         noise_solver: that sampler; None takes `DPMSolver2M`.
         validate_args: as in all distributions.
 
@@ -424,7 +424,7 @@ class GaussianMixture(DenoisingPrior):
         return _over_batch(self.log_prob_at(value, 0.0), self.batch_shape)
 
     def log_prob_estimate(
-        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 64, repeats: int = 8
+        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 32, repeats: int = 8
     ) -> Estimate:
         """Log density from denoising errors, as for any diffusion prior; `log_prob` is exact.
 
@@ -499,6 +499,10 @@ class GaussianMixture(DenoisingPrior):
             (*batch, *event).
         """
         return self.start(z, 0.0) if self.components == 1 else super().from_noise(z)
+
+    def _noise_sigmas(self) -> Tensor:
+        """The grid goes on far below sigma_min, which is made for solvers that know the covariance."""
+        return self.grid(self.sigma_max, self.sigma_min / 100, self.noise_steps)
 
     # Linear-Gaussian observations y = A x_0 + e, e ~ N(0, R).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -74,31 +75,31 @@ class DenoisingPrior(TorchDistribution):
     # What a subclass provides.
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Data type of draws."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Device of draws."""
-        raise NotImplementedError
 
     @property
     def capabilities(self) -> frozenset[str]:
         """What engines may ask of this distribution."""
         return frozenset({"denoiser", "noise_space", "log_prob"})
 
+    @abstractmethod
     def _denoise(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         """Denoise x: (rows, *event) at sigma: 0-d or (rows,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def covariance(self, x: Tensor, sigma: Tensor | float) -> TweedieCovariance:
         """Cov[x_0 | x_0 + sigma n = x] for x: (*batch, *event)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, shape: Size | tuple[int, ...] = (), generator: torch.Generator | None = None) -> Tensor:
         """(*shape, *batch_shape, *event_shape) draws from an explicit generator; None takes torch's global one."""
-        raise NotImplementedError
 
     # The distribution.
 
@@ -221,10 +222,14 @@ class DenoisingPrior(TorchDistribution):
     def _flow(self, z: Tensor, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Run the deterministic sampler with one leading axis."""
         rows = self.start(z.reshape(-1, *self.event_shape))
-        return sample(self.noise_solver, denoise, rows, self.sigmas(self.noise_steps)).reshape(z.shape)
+        return sample(self.noise_solver, denoise, rows, self._noise_sigmas()).reshape(z.shape)
+
+    def _noise_sigmas(self) -> Tensor:
+        """Noise levels of the deterministic sampler."""
+        return self.sigmas(self.noise_steps)
 
     def log_prob_estimate(
-        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 64, repeats: int = 8
+        self, value: Tensor, generator: torch.Generator | None = None, *, levels: int = 32, repeats: int = 8
     ) -> Estimate:
         """Log density with a standard error, from denoising errors alone (I-MMSE): no Jacobian, no ODE.
 
@@ -234,7 +239,7 @@ class DenoisingPrior(TorchDistribution):
         Args:
             value: (*batch, *event).
             generator: source of the noise, which all rows share; None takes torch's global one.
-            levels: noise levels of one repeat, stratified in log sigma.
+            levels: noise levels of one repeat, stratified in log sigma; two network calls each.
             repeats: independent repeats, at least 2; the standard error comes from their spread.
 
         Returns:

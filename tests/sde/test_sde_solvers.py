@@ -83,8 +83,8 @@ def test_variance_converges_at_the_declared_order(solver: Solver) -> None:
 @pytest.mark.parametrize("tau", [0.5, 3.0])
 def test_limit_is_the_prior(solver: Solver, tau: float) -> None:
     """With many steps to sigma = 0 the variance is that of the prior, up to sigma_min^2 and the step."""
-    variance = end_variance(solver, log_grid(20 * tau, 0.003 * tau, 1500), tau)
-    assert abs(variance / tau**2 - 1) < 0.012
+    variance = end_variance(solver, log_grid(20 * tau, 0.003 * tau, 800), tau)
+    assert abs(variance / tau**2 - 1) < 0.02
 
 
 def test_churn_keeps_the_marginal_and_vanishes_as_steps_grow() -> None:
