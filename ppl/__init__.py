@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ppl.backend import Backend, infer, register
+from ppl.compare import Comparison, compare
 from ppl.errors import (
     CapabilityError,
     CheckpointError,
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "CapabilityError",
     "CheckpointError",
+    "Comparison",
     "DataError",
     "Estimate",
     "Event",
@@ -47,6 +49,7 @@ __all__ = [
     "ShapeError",
     "TraceError",
     "WeightsError",
+    "compare",
     "infer",
     "register",
 ]
