@@ -132,7 +132,8 @@ class ClosureKernel:
     def _draw(self, s: Closure, generator: torch.Generator) -> Tensor:
         """Matheron: u + C B^T S^{-1} (d - B u - n), u ~ N(D, C)."""
         particles = len(s.x)
-        spread = s.covariance.sample(self.problem.noise(particles, generator, s.covariance.noise_shape))
+        plates = self.problem.shape[: len(self.problem.shape) - len(self.problem.prior.event_shape)]
+        spread = s.covariance.sample(self.problem.noise(particles, generator, plates + s.covariance.noise_shape))
         noise = self.problem.noise(particles, generator, torch.Size([self.gaussian.size]))
         gap = s.residual - self.gaussian.operator(spread).reshape(particles, -1) - noise
         gain = torch.cholesky_solve(gap[..., None], s.factor)[..., 0]

@@ -56,8 +56,8 @@ class TwistedSMC:
         ...     pyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
         >>> program = ppl.Program(model, torch.tensor(1.0, dtype=torch.float64))
         >>> posterior = ppl.infer(program, TwistedSMC(steps=5), draws=500)
-        >>> round(posterior.log_evidence.value.item(), 4)                # log N(1; 0, 1.25)
-        -1.4305
+        >>> abs(posterior.log_evidence.value.item() + 1.4305) < 0.05                # log N(1; 0, 1.25)
+        True
     """
 
     steps: int | None = None
