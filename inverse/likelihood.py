@@ -72,7 +72,7 @@ class GaussianLikelihood:
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(y | x): (*batch, *site) -> (*batch)."""
         r = self.residual(x)
-        return self.log_normaliser - 0.5 * r.square().reshape(*r.shape[: r.ndim - self.data.ndim], -1).sum(-1)
+        return self.log_normaliser - 0.5 * r.square().reshape(*r.shape[: r.ndim - self.data.ndim], self.size).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class Likelihood:
         """log p(y | x), (lanes, *shape) -> (lanes,); differentiable where gradients are recorded."""
         if self._gaussian is not None:
             return self._gaussian.log_prob(x)
+        if len(x) == 0:  # a graph is made for a positive number of lanes
+            return x.new_zeros(0)
         return self.program.log_likelihood(self.values(x))
 
     @property

@@ -138,6 +138,8 @@ def likelihood_gradient(problem: DiffusionProblem, x: Tensor, cost: Cost) -> tup
     if problem.likelihood.is_gaussian:
         gaussian = problem.likelihood.gaussian
         return gaussian.log_prob(x).to(x.dtype), gaussian.operator.adjoint(gaussian.residual(x)).to(x.dtype)
+    if len(x) == 0:
+        return x.new_zeros(0), x
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = problem.likelihood.log_prob(leaf)

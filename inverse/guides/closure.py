@@ -54,9 +54,9 @@ class FactoredGram:
 
     def lift(self, w: Tensor) -> Tensor:
         """C B^T w."""
-        return torch.einsum("ml...,zlm->zl...", self.towards, w.reshape(-1, *w.shape[-2:])).reshape(
-            *w.shape[:-1], *self.towards.shape[2:]
-        )
+        extra = w.shape[:-2]
+        lifted = torch.einsum("ml...,zlm->zl...", self.towards, w.reshape(extra.numel(), *w.shape[-2:]))
+        return lifted.reshape(*extra, *self.towards.shape[1:])
 
 
 @dataclass(frozen=True)

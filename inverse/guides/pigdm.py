@@ -43,12 +43,16 @@ class PiGDMGuide:
     data_std: float | None = None
     jacobian: bool = True
 
-    exact_when: ClassVar[tuple[str, ...]] = ("isotropic_prior", "linear_gaussian_likelihood")
     acts_in: ClassVar[str] = "denoiser"
 
     def __post_init__(self) -> None:
         if self.data_std is not None and not (self.data_std > 0 and math.isfinite(self.data_std)):
             raise OptionError(f"data_std must be positive, or None for the prior's own, got {self.data_std}")
+
+    @property
+    def exact_when(self) -> tuple[str, ...]:
+        """An isotropic prior of this data_std, which only the prior's own is known to be."""
+        return ("isotropic_prior", "linear_gaussian_likelihood") if self.data_std is None else ()
 
     @property
     def gradient(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -27,9 +28,10 @@ def residual_fn(problem: DiffusionProblem) -> Callable[[Tensor], Tensor]:
     gaussian = likelihood.gaussian if likelihood.is_gaussian else None
     if gaussian is not None and gaussian.stddev is not None:
         data = gaussian.data * gaussian.stddev
-        return lambda x: (data - gaussian.measured(x)).reshape(len(x), -1).to(x.dtype)
+        return lambda x: (data - gaussian.measured(x)).reshape(len(x), data.numel()).to(x.dtype)
     read = problem.program.batched(_residuals)
-    return lambda x: read(likelihood.values(x))
+    # A graph is made for a positive number of lanes.
+    return lambda x: read(likelihood.values(x)) if len(x) else 0 * x.flatten(1)
 
 
 def _residuals(trace: Any) -> Tensor:
@@ -47,11 +49,26 @@ def _residuals(trace: Any) -> Tensor:
                 'has none; use the likelihood itself: weight="likelihood" (DPS) or scale="likelihood" (RED-diff)'
             ) from None
         gap = node["value"] - mean
-        if isinstance(node["mask"], Tensor):
-            mask = node["mask"].reshape(*node["mask"].shape, *[1] * len(fn.event_shape))
+        for mask in _masks(node):
             gap = torch.where(mask, gap, torch.zeros_like(gap))
         parts.append(gap.reshape(-1))
     return torch.cat(parts)
+
+
+def _masks(node: Any) -> Iterator[Tensor]:
+    """The masks of a site, from `poutine.mask` and from `.mask()`, with axes for the event."""
+    fn, mask = node["fn"], node["mask"]
+    while True:
+        if mask is not None and mask is not True:
+            mask = torch.as_tensor(mask, device=node["value"].device)
+            yield mask.reshape(*mask.shape, *[1] * len(fn.event_shape))
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask
+        elif isinstance(fn, dist.Independent):
+            mask = None
+        else:
+            return
+        fn = fn.base_dist
 
 
 def misfit(residual: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
