@@ -18,6 +18,7 @@ from ppl.errors import (
 )
 from ppl.mcmc import HMC, NUTS
 from ppl.monitor import Event, Monitor
+from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
@@ -40,6 +41,8 @@ __all__ = [
     "LowRank",
     "MeanField",
     "Monitor",
+    "NoiseReparam",
+    "NoiseSpace",
     "NotFiniteError",
     "OptionError",
     "PilotlightError",
@@ -51,5 +54,6 @@ __all__ = [
     "WeightsError",
     "compare",
     "infer",
+    "lift_noise",
     "register",
 ]

@@ -168,14 +168,14 @@ class _Setter(Messenger):
         assert self.run.z is not None
         fn = msg["fn"]
         u = gather(self.run.z[leaf.start : leaf.stop].reshape(leaf.shape), msg, self.run.indices)
+        scale = math.prod(f.full_size / f.size for f in msg["cond_indep_stack"] if f.full_size not in (None, f.size))
         if leaf.noise:
             value = unwrap(fn).from_noise(u)
             msg["value"], msg["fn"] = value, dist.Delta(value, event_dim=fn.event_dim).mask(False)
-            self.log_jacobian = self.log_jacobian + dist.Normal(0.0, 1.0).log_prob(u).sum()
+            self.log_jacobian = self.log_jacobian + scale * dist.Normal(0.0, 1.0).log_prob(u).sum()
             return
         transform = biject_to(fn.support)
         value = msg["value"] = transform(u)
-        scale = math.prod(f.full_size / f.size for f in msg["cond_indep_stack"] if f.full_size not in (None, f.size))
         self.log_jacobian = self.log_jacobian + scale * transform.log_abs_det_jacobian(u, value).sum()
         mask = _static_mask(msg)
         if mask is not None and fn.event_dim == 0:
@@ -209,11 +209,18 @@ def is_data(msg: Any) -> bool:
     return bool(
         msg["type"] == "sample"
         and msg["is_observed"]
-        and not msg["infer"].get("_deterministic", False)
+        and not is_deterministic(msg)
         and not site_is_subsample(msg)
         and not isinstance(unwrap(msg["fn"]), dist.Unit)
-        and not (isinstance(unwrap(msg["fn"]), dist.Delta) and isinstance(msg["fn"], dist.MaskedDistribution))
     )
+
+
+def is_deterministic(msg: Any) -> bool:
+    """Whether a site only names a value: `pyro.deterministic`, or a site that a reparametrisation computes."""
+    if msg["type"] != "sample" or not msg["is_observed"]:
+        return False
+    delta = isinstance(unwrap(msg["fn"]), dist.Delta) and isinstance(msg["fn"], dist.MaskedDistribution)
+    return delta or bool(msg["infer"].get("_deterministic", False))
 
 
 def unwrap(fn: Any) -> Any:
