@@ -239,3 +239,14 @@ def test_float32_stays_float32() -> None:
 def test_solver_options_are_checked(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_noise_enters_with_its_standard_deviation() -> None:
+    """x_next = mean + c z for a variance c^2, and churn adds churn_noise^2 (b^2 - low^2), low = b / (1 + churn)."""
+    prior, x, noise = standard(1.0, (2,)), torch.ones(3, 2, dtype=F64), torch.full((3, 2), 2.0, dtype=F64)
+    move = Ancestral().step(x, 2.0, 1.0, prior.denoise(x, 2.0))
+    torch.testing.assert_close(move.sample(noise) - move.mean, math.sqrt(0.75) * noise)
+    churned = EDMHeun(churn=0.25, churn_noise=1.1).step(x, 2.0, 1.0, prior.denoise(x, 2.0), denoiser=prior.denoise)
+    assert float(churned.covariance) == pytest.approx(1.1**2 * (1 - 0.8**2))
+    outside = EDMHeun(churn=0.25, churn_max=0.5).step(x, 2.0, 1.0, prior.denoise(x, 2.0), denoiser=prior.denoise)
+    assert float(outside.covariance) == 0
