@@ -144,14 +144,14 @@ def error_ratio(prior, train_images, held_out, sigma: float) -> float:
     return float(network / (LinearDenoiser(train_images)(noisy, sigma) - held_out).square().sum())
 
 
-@pytest.mark.parametrize(("sigma", "bound"), [(0.1, 1.0), (0.5, 0.8), (2.0, 0.9), (20.0, 1.05)])
+@pytest.mark.parametrize(("sigma", "bound"), [(0.1, 0.7), (0.5, 0.7), (2.0, 1.0), (20.0, 1.05)])
 def test_digits_beat_the_linear_denoiser(sigma, bound):
     """At most `bound` times its error on held-out images; at 20 only the mean is left and the two agree."""
     data = models.digits()
     assert error_ratio(models.load("digits8x8"), data.train, data.held_out, sigma) < bound
 
 
-@pytest.mark.parametrize(("sigma", "bound"), [(0.1, 0.85), (0.5, 0.7), (2.0, 0.7), (50.0, 1.05)])
+@pytest.mark.parametrize(("sigma", "bound"), [(0.1, 0.85), (0.5, 0.8), (2.0, 0.8), (50.0, 1.05)])
 def test_fashion_beats_the_linear_denoiser(fashion, sigma, bound):
     """At most `bound` times its error on held-out images; skipped where the training images are not there."""
     ratio = error_ratio(models.load("fashion28x28"), fashion.train[:10_000], fashion.held_out[:200], sigma)
