@@ -215,6 +215,8 @@ def _text(known: dict[str, Any]) -> str:
         for q, d, h in zip(near["quantiles"], near["draws"], near["held_out"], strict=True)
     )
     height, width = known["event_shape"][1:]
+    # Weights picked by the held-out loss have, in this one number, seen the held-out images.
+    chosen = "" if training["patience"] is None else "; the step with the lowest held-out loss was kept"
     return f"""# {name}
 
 A diffusion prior for {height} x {width} images in [{known["data_range"][0]:g}, {known["data_range"][1]:g}], with or \
@@ -232,7 +234,7 @@ The picture shows draws without a label, in the order in which they were made: n
 | noise levels | sigma_min {known["sigma_min"]}, sigma_max {known["sigma_max"]}; largest principal standard \
 deviation of the data {known["data_std"]} |
 | training | {training["step_of_weights"]} steps of {training["batch"]} images, ln sigma ~ N({training["p_mean"]}, \
-{training["p_std"]}^2), {training["seconds"] / 60:.0f} minutes |
+{training["p_std"]}^2), {training["seconds"] / 60:.0f} minutes{chosen} |
 | made by | `{known["script"]}` |
 | SHA-256 | `{known["sha256"]}` |
 

@@ -196,3 +196,11 @@ def test_config_survives_json():
     assert TrainConfig.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
     with pytest.raises(OptionError, match="unknown fields"):
         TrainConfig.from_json({"speed": 3})
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_the_same_up_to_rounding():
+    """All random numbers are drawn on the CPU; without dropout only float32 rounding is left of the difference."""
+    config = dataclasses.replace(CONFIG, network=dataclasses.replace(NETWORK, dropout=0.0), steps=3)
+    here, there = train(stripes(), config), train(stripes(), config, device="cuda")
+    torch.testing.assert_close(weights(there).cpu(), weights(here), rtol=1e-3, atol=1e-4)
