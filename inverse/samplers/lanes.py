@@ -66,7 +66,7 @@ class Lanes:
     def unpack(self, states: Tensor) -> None:
         """Go on from `pack`."""
         for g, state in zip(self._generators, states.cpu(), strict=True):
-            g.set_state(state)
+            g.set_state(state.clone())  # it reads from the start of the storage, whatever the view
 
 
 class Method(Protocol):
