@@ -16,6 +16,8 @@ from ppl.errors import (
     TraceError,
     WeightsError,
 )
+from ppl.gibbs import Gibbs
+from ppl.kernels import ConditionalDraw, HMCKernel, Kernel, SliceKernel
 from ppl.mcmc import HMC, NUTS
 from ppl.monitor import Event, Monitor
 from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
@@ -32,12 +34,16 @@ __all__ = [
     "CapabilityError",
     "CheckpointError",
     "Comparison",
+    "ConditionalDraw",
     "DataError",
     "Estimate",
     "Event",
     "FittedGuide",
     "Flow",
     "FullRank",
+    "Gibbs",
+    "HMCKernel",
+    "Kernel",
     "LowRank",
     "MeanField",
     "Monitor",
@@ -50,6 +56,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "ShapeError",
+    "SliceKernel",
     "TraceError",
     "WeightsError",
     "compare",
