@@ -49,7 +49,7 @@ class GaussianLikelihood:
     Args:
         operator: B, from the shape of the site to the shape of d.
         data: d, (*out_shape).
-        log_normaliser: -log|2 pi R| / 2, 0-d.
+        log_normaliser: -log|2 pi R| / 2 (times the factor of a `poutine.scale`), 0-d.
         measured: A before whitening, for pictures and pseudo-inverses.
         stddev: standard deviation of the noise, (*out_shape), or None when the noise is correlated.
     """
@@ -258,14 +258,20 @@ def _read_site(
         raise ProgramError(f"operator of {name!r} returns {operator.out_shape}, its site has {tuple(mean.shape)}")
     data = node["value"] - offset
     if not diagonal:
+        weights, keep = _scaled_and_masked(torch.ones_like(mean), node)
+        if keep is not None or bool((weights != 1).any()):
+            raise _NotGaussian(f"{name!r} has correlated noise under a mask or a scale, which have no common form")
         white = Dense(torch.linalg.inv(noise))
         log_normaliser = -noise.diagonal().log().sum() - 0.5 * data.numel() * math.log(2 * math.pi)
         return GaussianLikelihood(Compose(white, operator), white(data), log_normaliser, operator, None)
-    noise, keep = _scaled_and_masked(noise, node)
+    # poutine.scale multiplies the whole log density, the normaliser of the noise as it was before included.
+    constant = -noise.log() - 0.5 * math.log(2 * math.pi)
+    scaled, keep = _scaled_and_masked(noise, node)
+    constant, noise = constant * (noise / scaled).square(), scaled
     if keep is not None:
         pick = Mask(keep, tuple(mean.shape))
-        operator, data, noise = Compose(pick, operator), pick(data), pick(noise)
-    log_normaliser = -noise.log().sum() - 0.5 * data.numel() * math.log(2 * math.pi)
+        operator, data, noise, constant = Compose(pick, operator), pick(data), pick(noise), pick(constant)
+    log_normaliser = constant.sum()
     equal = bool((noise == noise.flatten()[0]).all())
     white_operator = Scaled(operator, 1 / noise.flatten()[0]) if equal else Compose(Diagonal(1 / noise), operator)
     return GaussianLikelihood(white_operator, data / noise, log_normaliser, operator, noise)
@@ -303,27 +309,31 @@ def _operator(
     x, x_2 = first[0], second[0]
     rtol = PROBE_RTOL.get(mean.dtype, 1e-3)
 
+    def mean_fn(value: Tensor) -> Tensor:
+        return _mean_and_noise(name, _observe(likelihood, value).nodes[name])[0] - offset
+
+    # A large point as well: what saturates looks linear near zero.
+    with torch.no_grad():
+        far = mean_fn(100 * x)
+
     def agrees(candidate: LinearOperator) -> bool:
         if candidate.out_shape != tuple(mean.shape):
             return False
-        pairs = ((candidate(x), mean - offset), (candidate(x_2), mean_2 - offset))
+        pairs = ((candidate(x), mean - offset), (candidate(x_2), mean_2 - offset), (candidate(100 * x), far))
         return all(_close(a, b, rtol) for a, b in pairs)
 
-    candidate = _called(x, mean, calls)
-    if candidate is not None and candidate.linear and agrees(candidate):
-        return candidate
+    for record in reversed(calls):  # its output may be the mean, or the mean less a constant
+        candidate = _called(x, record.output, calls) if record.output.shape == mean.shape else None
+        if candidate is not None and agrees(candidate):
+            return candidate
     identity = Identity(tuple(x.shape))
     if agrees(identity):
         return identity
 
-    def mean_fn(value: Tensor) -> Tensor:
-        return _mean_and_noise(name, _observe(likelihood, value).nodes[name])[0] - offset
-
     mixed = 0.7 * x - 1.9 * x_2
     with torch.no_grad():
         linear = _close(mean_fn(mixed), 0.7 * (mean - offset) - 1.9 * (mean_2 - offset), 10 * rtol)
-        # A large point as well: what saturates looks linear near zero.
-        linear = linear and _close(mean_fn(100 * x), 100 * (mean - offset), 10 * rtol)
+        linear = linear and _close(far, 100 * (mean - offset), 10 * rtol)
     if not linear:
         raise _NotGaussian(f"the mean of {name!r} is not linear in {likelihood.site!r}")
     if x.numel() * mean.numel() <= DENSE_LIMIT:
@@ -333,10 +343,12 @@ def _operator(
 
 
 def _called(x: Tensor, mean: Tensor, calls: list[CallRecord]) -> LinearOperator | None:
-    """The chain of operator calls that leads from x to the mean, composed; None where there is none."""
+    """The chain of linear operator calls that leads from x to the mean, composed; None where there is none."""
+
+    linear = [record for record in calls if record.operator.linear]
 
     def from_input(target: Tensor, depth: int) -> LinearOperator | None:
-        for record in reversed(calls):
+        for record in reversed(linear):
             if depth <= len(calls) and record.output.shape == target.shape and torch.equal(record.output, target):
                 if record.input.shape == x.shape and torch.equal(record.input, x):
                     return record.operator
