@@ -114,8 +114,8 @@ def _judge(problem: ExactProblem, posterior: ppl.Posterior, seed: int, draws: in
     x = posterior.flatten("x")
     ratio = sliced_over_floor(x, sample, generator=generator, references=references).ratio
     means, covariances, weights = exact.means, exact.covariances, exact.weights
-    tv = float(mode_weight_tv(x, means, covariances, weights))
-    floor_tv = float(mode_weight_tv(sample(draws, generator), means, covariances, weights))
+    tv = float(mode_weight_tv(x, weights, means, covariances))
+    floor_tv = float(mode_weight_tv(sample(draws, generator), weights, means, covariances))
     error, z, root = float("nan"), float("nan"), float("nan")
     if posterior.log_evidence is not None:
         error = float(posterior.log_evidence.value - problem.log_evidence)
