@@ -11,6 +11,7 @@ from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.particles import TwistedSMC
 from inverse.problem import DiffusionProblem
 from inverse.samplers import DPS, GuidedSampler, MomentMatching, PiGDM
+from inverse.variational import REDDiff
 
 __all__ = [
     "DPS",
@@ -25,6 +26,7 @@ __all__ = [
     "MomentMatchingGuide",
     "PiGDM",
     "PiGDMGuide",
+    "REDDiff",
     "TwistedSMC",
     "as_denoiser",
     "read_likelihood",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,17 +58,18 @@ class BoundGuide(Protocol):
 class Guide(Protocol):
     """Options of a guide.
 
-    Class data:
-        exact_when: conditions under which `posterior` and `log_twist` are exact: "gaussian_prior",
+    Facts, class data or properties:
+        exact_when: conditions, all of them, under which `posterior` and `log_twist` are exact: "gaussian_prior",
             "isotropic_prior" (one component, covariance data_std^2 I), "linear_gaussian_likelihood".
-
-    Properties:
         acts_in: "denoiser" when `posterior` can stand for D in any solver; "step" when it is made for the ancestral
             step from sigma to sigma_next.
         gradient: whether posterior = prior + sigma^2 grad log_twist by construction.
     """
 
-    exact_when: ClassVar[tuple[str, ...]]
+    @property
+    def exact_when(self) -> tuple[str, ...]:
+        """Conditions under which the guide is exact; empty for never."""
+        ...
 
     @property
     def acts_in(self) -> str:
