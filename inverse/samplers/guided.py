@@ -32,6 +32,10 @@ FAR = 1e6
 """Noise level, in units of data_std, at which x says nothing and the closure is that of the prior itself."""
 
 
+FAR_OFF = 3.0
+"""Median residual_chi from which a note says that the draws do not fit the data."""
+
+
 @register
 @dataclass(frozen=True)
 class GuidedSampler:
@@ -116,7 +120,14 @@ class GuidedSampler:
                 f"{guide.floored} covariances of the data given x were not positive definite and were floored: the "
                 "denoiser's Jacobian is far from symmetric there"
             )
-        return Posterior(draws=results, info=residual_chi(problem, x), attrs={"complete": complete})
+        info = residual_chi(problem, x)
+        missed = float(info["residual_chi"].median()) if "residual_chi" in info and x.numel() else 0.0
+        if missed > FAR_OFF:
+            monitor.note(
+                f"the draws miss the data by {missed:.3g} times the noise level, exact draws by about 1: the "
+                "guidance is too weak, or its steps diverged; take more steps, another zeta, or MomentMatching"
+            )
+        return Posterior(draws=results, info=info, attrs={"complete": complete})
 
 
 def check_steps(steps: int) -> None:

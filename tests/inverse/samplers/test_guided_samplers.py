@@ -434,6 +434,14 @@ def test_residual_chi_is_one_for_draws_that_fit() -> None:
     assert abs(chi.square().mean() - 1) < 6 * math.sqrt(2 / 3 / 4000) + 1e-3
 
 
+def test_draws_that_miss_the_data_are_remarked_on() -> None:
+    program = program_of(isotropic(), sigma=0.01)
+    weak = ppl.infer(program, GuidedSampler(DPSGuide(zeta=1e-6), Ancestral(), steps=20), draws=20)
+    assert any("miss the data" in note for note in weak.attrs["notes"])
+    good = ppl.infer(program, MomentMatching(steps=2), draws=20)
+    assert good.attrs["notes"] == []
+
+
 def test_problems_are_solved_in_turn() -> None:
     program = program_of(gaussian())
     ys = torch.randn(3, 2, generator=seeded(9), dtype=F64)
