@@ -91,14 +91,14 @@ class ClosureKernel:
     def start(self, particles: int, generator: torch.Generator) -> Closure:
         """Particles at the first level, from the prior's own start."""
         noise = self.problem.noise(particles, generator)
-        return self.state(self.problem.prior.start(noise, self.sigmas[0]), 0)
+        return self.at(self.problem.prior.start(noise, self.sigmas[0]), 0)
 
     def unpack(self, tensors: dict[str, Tensor], level: int) -> Closure:
         """The population at a level, from its particles."""
-        return self.state(tensors["x"], level)
+        return self.at(tensors["x"], level)
 
-    def state(self, x: Tensor, level: int) -> Closure:
-        """Moments at a level: the only denoiser call of a step."""
+    def at(self, x: Tensor, level: int) -> Closure:
+        """The population of particles x at a level: the only denoiser call of a step."""
         covariance = self.problem.prior.covariance(x, self.sigmas[level])
         if isinstance(covariance, NetworkCovariance):
             covariance = covariance.affine(1.0, 0.0)
@@ -111,14 +111,18 @@ class ClosureKernel:
         log_twist = self.gaussian.log_normaliser + _log_normal(residual, factor)
         return Closure(x, covariance, towards, gram, factor, residual, log_twist)
 
-    def move(self, population: Closure, level: int, generator: torch.Generator) -> tuple[Closure, Tensor]:
-        """Draw the closure given the data, bridge to the next level, weigh."""
+    def move(
+        self, population: Closure, level: int, generator: torch.Generator, retained: Tensor | None = None
+    ) -> tuple[Closure, Tensor]:
+        """Draw the closure given the data, bridge to the next level, weigh; particle 0 goes to `retained`."""
         a, b = float(self.sigmas[level]), float(self.sigmas[level + 1])
         ratio = (b / a) ** 2
         kappa, c = 1 - ratio, b * math.sqrt(1 - ratio)
         clean = self._draw(population, generator)
         x = ratio * population.x + kappa * clean + c * self.problem.noise(len(clean), generator)
-        new = self.state(x, level + 1)
+        if retained is not None:
+            x = torch.cat([retained[None], x[1:]])
+        new = self.at(x, level + 1)
         return new, new.log_twist - self._predictive(population, x, ratio, kappa, c)
 
     def last_weight(self, population: Closure) -> Tensor:

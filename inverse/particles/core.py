@@ -68,8 +68,14 @@ class Kernel(Protocol[P]):
         """Particles at the first noise level."""
         ...
 
-    def move(self, population: P, level: int, generator: torch.Generator) -> tuple[P, Tensor]:
-        """From `level` to the next positive one; the log weight increment (particle,)."""
+    def at(self, x: Tensor, level: int) -> P:
+        """The population of particles x (particle, *site) at a level, without history."""
+        ...
+
+    def move(
+        self, population: P, level: int, generator: torch.Generator, retained: Tensor | None = None
+    ) -> tuple[P, Tensor]:
+        """From `level` to the next positive one, with log weight increments (particle,); particle 0 to `retained`."""
         ...
 
     def last_weight(self, population: P) -> Tensor:

@@ -90,7 +90,11 @@ class GuidedKernel:
     def start(self, particles: int, generator: torch.Generator) -> Led:
         """Particles at the first level, from the prior's own start."""
         noise = self.problem.noise(particles, generator)
-        return self._look(self.problem.prior.start(noise, self.sigmas[0]), 0, None)
+        return self.at(self.problem.prior.start(noise, self.sigmas[0]), 0)
+
+    def at(self, x: Tensor, level: int) -> Led:
+        """The population of particles x at a level, without history."""
+        return self._look(x, level, None)
 
     def unpack(self, tensors: dict[str, Tensor], level: int) -> Led:
         """The population that `pack` described."""
@@ -103,13 +107,19 @@ class GuidedKernel:
                 fields[name] = tensor
         return Led(**fields)
 
-    def move(self, population: Led, level: int, generator: torch.Generator) -> tuple[Led, Tensor]:
-        """One guided step and its weight."""
+    def move(
+        self, population: Led, level: int, generator: torch.Generator, retained: Tensor | None = None
+    ) -> tuple[Led, Tensor]:
+        """One guided step and its weight; particle 0 goes to `retained`."""
         a, b = self.sigmas[level], self.sigmas[level + 1]
         free = self.solver.step(population.x, a, b, population.prior, population.free_state)
         led = self.solver.step(population.x, a, b, population.posterior, population.led_state)
         assert isinstance(free.covariance, Tensor)
         noise = self.problem.noise(len(population.x), generator)
+        if retained is not None:
+            assert isinstance(led.covariance, Tensor)
+            own = (retained[None] - led.mean[:1]) / led.covariance.sqrt().to(retained)
+            noise = torch.cat([own, noise[1:]])
         x = led.sample(noise)
         # |x - m'|^2 = c^2 |noise|^2 exactly; written so that nothing cancels.
         shift = (led.mean - free.mean).flatten(1) / free.covariance.sqrt()

@@ -15,6 +15,7 @@ from inverse.particles.core import Kernel, Merged, Run, merge, run_particles
 from inverse.particles.guided import GuidedKernel
 from inverse.problem import DiffusionProblem
 from ppl.backend import Exactness, register
+from ppl.cost import Cost
 from ppl.errors import NotFiniteError, OptionError
 from ppl.monitor import Monitor
 from ppl.posterior import Estimate, Posterior
@@ -22,7 +23,7 @@ from ppl.program import Program
 from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
 
-__all__ = ["TwistedSMC"]
+__all__ = ["TwistedSMC", "particle_kernel"]
 
 
 @register
@@ -94,7 +95,8 @@ class TwistedSMC:
         """Run the engine once or more for every chain."""
         problem = DiffusionProblem.of(program)
         with torch.no_grad(), problem.counting(monitor.cost):
-            kernel = self._kernel(problem, monitor)
+            sigmas = problem.prior.sigmas(self.steps)
+            kernel = particle_kernel(problem, sigmas, self.guide, self.solver, self.chunk, monitor.cost)
             found: list[tuple[Tensor, Merged]] = []
             for chain in range(chains):
                 done = self._chain(kernel, draws, chain, generator, monitor)
@@ -112,13 +114,6 @@ class TwistedSMC:
             info=_info(merged),
             attrs={"complete": len(found) == chains, "independent": "roots"},
         )
-
-    def _kernel(self, problem: DiffusionProblem, monitor: Monitor) -> Kernel[Any]:
-        sigmas = problem.prior.sigmas(self.steps)
-        if self.guide is None and "exact_covariance" in problem.prior.capabilities:
-            return ClosureKernel(problem, sigmas)
-        guide = PiGDMGuide() if self.guide is None else self.guide
-        return GuidedKernel(problem, sigmas, guide.bind(problem, monitor.cost), self.solver, self.chunk)
 
     def _chain(
         self, kernel: Kernel[Any], draws: int, chain: int, generator: torch.Generator, monitor: Monitor
@@ -155,6 +150,16 @@ class TwistedSMC:
             if len(index)
         ]
         return torch.cat(parts), merged
+
+
+def particle_kernel(
+    problem: DiffusionProblem, sigmas: Tensor, guide: Any, solver: Solver, chunk: int | None, cost: Cost
+) -> Kernel[Any]:
+    """How particles move: by the full moment closure where the prior has an exact covariance, or led by a guide."""
+    if guide is None and "exact_covariance" in problem.prior.capabilities:
+        return ClosureKernel(problem, sigmas)
+    guide = PiGDMGuide() if guide is None else guide
+    return GuidedKernel(problem, sigmas, guide.bind(problem, cost), solver, chunk)
 
 
 def _evidence(merged: list[Merged]) -> Estimate:

@@ -167,7 +167,7 @@ def discretised_moments(prior: DiffusionPrior, steps: int) -> tuple[Tensor, Tens
 
 
 def test_second_order_kernel_converges_to_the_continuous_prior(small: tuple) -> None:
-    """100 levels of the second-order kernel: moments and evidence within Monte-Carlo error and 1 % of discretisation."""
+    """100 levels of the second-order kernel: moments and evidence within Monte-Carlo error and 1 % of a sd."""
     program, prior, matrix, y, sigma = small
     exact, evidence = prior.condition_linear(matrix, y, sigma**2), prior.log_evidence(matrix, y, sigma**2)
     posterior = ppl.infer(program, TwistedSMC(steps=100, guide=PiGDMGuide(), particles=4000), draws=4000, seed=5)
