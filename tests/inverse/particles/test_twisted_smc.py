@@ -289,6 +289,7 @@ def test_solver_without_a_density_is_refused(solver: object, small: tuple) -> No
         ({"runs": 0}, "runs"),
         ({"chunk": 0}, "chunk"),
         ({"guide": "pigdm"}, "guide"),
+        ({"guide": DPSGuide(weight="published")}, "changes the step"),
     ],
 )
 def test_options_are_checked_when_built(options: dict, message: str) -> None:
