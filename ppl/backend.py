@@ -75,7 +75,8 @@ def fitting(program: Program) -> list[str]:
 def _lacking(backend: Any, program: Program) -> set[str]:
     offered = frozenset().union(*program.capabilities.values())
     lacking = set(backend.needs - offered)
-    if "denoiser" in offered and not backend.needs:  # a generic engine cannot hold a diffusion site
+    # A generic engine cannot hold a diffusion site, unless it leaves that to the kernels it was given.
+    if "denoiser" in offered and not backend.needs and not getattr(backend, "holds_denoisers", False):
         lacking.add("noise space: ppl.NoiseSpace(engine)")
     return lacking
 

@@ -80,6 +80,7 @@ class Gibbs:
     needs: ClassVar[Any] = _OfKernels("needs", frozenset())
     default_chains: ClassVar[int] = 4
     batches_problems: ClassVar[bool] = False
+    holds_denoisers: ClassVar[bool] = True  # by the kernels of their blocks
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not self.blocks:

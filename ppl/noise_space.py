@@ -105,7 +105,8 @@ class NoiseSpace:
             monitor.note(f"network calls of {hidden} happen inside the traced density and are not in the cost")
         with _counted(lifted, monitor.cost):
             posterior = self.engine.run(lifted, draws=draws, chains=chains, generator=generator, monitor=monitor)
-        return replace(posterior, attrs={**posterior.attrs, "noise_space": sorted(lifted.lifted)})
+        name = f"NoiseSpace({type(self.engine).__name__})"
+        return replace(posterior, attrs={**posterior.attrs, "backend": name, "noise_space": sorted(lifted.lifted)})
 
 
 class _Count:

@@ -2,8 +2,8 @@
 
     grad ELBO = E[ (grad_z log p(z, y) - grad_z log q(z)) dz/dphi ],   z = t(noise; phi)
 
-The term grad_phi log q(z) at fixed z has mean zero and is left out by default: then every single draw gives gradient
-zero once q is the posterior.
+The score term, grad_phi log q(z) at fixed z, has mean zero. Without it every single draw gives gradient zero once q is
+the posterior; with it the entropy's gradient has no noise while q is far away. So it is kept first and left out later.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SVI"]
 
+PATH_AFTER = 0.3  # share of the steps that keep the score term, which cancels noise while q is narrow and misplaced
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, Kingma & Ba (2015)
 GUIDE, MODEL = "guide.", "model."
 
@@ -48,7 +49,7 @@ class SVI:
         lr: learning rate of Adam at the start.
         decay: how the learning rate falls to `lr * lr_ratio`.
         lr_ratio: the last learning rate as a part of the first.
-        path_gradient: leave out the score term of log q ("sticking the landing").
+        path_gradient: leave out the score term of log q after the first steps ("sticking the landing").
         average: share of the last steps whose parameters are averaged; 0 keeps the last ones.
         patience: stop early when the mean ELBO of the last `patience` steps exceeds that of the `patience` before by
             no more than one standard error; None runs all steps.
@@ -225,6 +226,7 @@ class _Fit:
         self.updates = torch.zeros((), dtype=torch.int64)
         self.average = torch.zeros_like(self.theta)
         self.history = torch.full((options.steps,), math.nan, dtype=torch.float64, device=program.device)
+        self.near = start is not None
         if start is not None:
             self._continue(start)
         # With independent coordinates, log q of the local latents is subsampled as log p is.
@@ -257,7 +259,7 @@ class _Fit:
         theta = self.theta.requires_grad_()
         with torch.enable_grad():
             own, parameters = self._unpack(theta)
-            z, log_q = self._draw(own, noise, subsample)
+            z, log_q = self._draw(own, noise, subsample, self._path(step))
         log_p, grad_z, grads = self.flat.value_and_grads(
             z, params={n: p.detach() for n, p in parameters.items()} or None, subsample=subsample
         )
@@ -293,12 +295,18 @@ class _Fit:
             complete=complete,
         )
 
-    def _draw(self, own: dict[str, Tensor], noise: Tensor, subsample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _path(self, step: int) -> bool:
+        """Whether a step leaves out the score term; a fit that goes on from another does from its start."""
+        return self.options.path_gradient and (self.near or step >= PATH_AFTER * self.options.steps)
+
+    def _draw(
+        self, own: dict[str, Tensor], noise: Tensor, subsample: dict[str, Tensor], path: bool
+    ) -> tuple[Tensor, Tensor]:
         """Draws z and log q, whose gradient is the one the options ask for."""
-        z, log_q = self.guide.rsample_and_log_prob(own, noise, path=self.options.path_gradient)
+        z, log_q = self.guide.rsample_and_log_prob(own, noise, path=path)
         if self.each is None:
             return z, log_q
-        kept = {n: v.detach() for n, v in own.items()} if self.options.path_gradient else own
+        kept = {n: v.detach() for n, v in own.items()} if path else own
         return z, (self._weight(subsample) * self.each(kept, z)).sum(1)
 
     def _weight(self, subsample: dict[str, Tensor]) -> Tensor:

@@ -166,6 +166,38 @@ def test_hand_written_conditionals_and_discrete_blocks() -> None:
         assert ("k" in posterior) == (gibbs is by_hand)
 
 
+class Denoised(dist.Normal):
+    capabilities = frozenset({"denoiser"})
+
+
+def test_a_diffusion_site_needs_a_kernel_of_its_own() -> None:
+    """Hand-written draws of x given scale, slices for the scale: exact; a generic kernel for x is refused."""
+
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        x = pyro.sample("x", Denoised(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    y = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+
+    def draw(values: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        precision = 1 + values["scale"][:, None] ** -2
+        noise = torch.randn(len(precision), 3, generator=generator, dtype=torch.float64)
+        return {"x": y * values["scale"][:, None] ** -2 / precision + noise / precision.sqrt()}
+
+    program = ppl.Program(model, y)
+    gibbs = Gibbs({"x": ConditionalDraw(draw), "scale": SliceKernel()}, warmup=50)
+    posterior = ppl.infer(program, gibbs, draws=400, chains=16, seed=0)
+    grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    log_f = dist.Normal(0.0, 0.5).log_prob(grid)
+    log_f = log_f + dist.Normal(0.0, (1 + (2 * grid).exp()).sqrt()[:, None]).log_prob(y).sum(1)
+    weight = (log_f - torch.logsumexp(log_f, 0)).exp()
+    mean = (weight * grid).sum()
+    check(posterior["scale"].log(), mean, (weight * (grid - mean) ** 2).sum().sqrt())
+    with pytest.raises(OptionError, match="diffusion priors"):
+        ppl.infer(program, Gibbs({("x", "scale"): SliceKernel()}))
+
+
 class Biased:
     invariant: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})

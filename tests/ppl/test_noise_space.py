@@ -108,6 +108,7 @@ def test_full_rank_in_noise_space_is_exact() -> None:
     assert abs(float(posterior.info["elbo"] - evidence)) < 1e-4
     torch.testing.assert_close(posterior["x"], posterior["x_noise"] @ to_x.mT)
     assert posterior.attrs["noise_space"] == ["x"]
+    assert posterior.attrs["backend"] == "NoiseSpace(SVI)"
 
 
 def check_moments(draws: Tensor, mean: Tensor, sd: Tensor, ess: Tensor) -> None:

@@ -318,3 +318,16 @@ def test_bad_densities_and_options() -> None:
     A, y = design()
     SVI(steps=5, particles=3).fit(ppl.Program(linear_model, A, y), monitor=monitor)
     assert monitor.cost.gradient_evals == 15
+
+
+def test_a_narrow_start_finds_a_wide_posterior() -> None:
+    """The first steps keep the score term: path gradients of a flow that starts at a 50th of the scale wander."""
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(5), 5.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 50.0).to_event(1), obs=y)
+
+    y = torch.full((5,), 30.0, dtype=torch.float64)
+    evidence = dist.Normal(0.0, 2525**0.5).log_prob(y).sum()
+    fitted = SVI(guide=Flow(transforms=1, hidden=(8,)), steps=400, lr=0.05).fit(ppl.Program(model, y), seed=0)
+    assert float(evidence - fitted.elbo(500, seed=0).value) < 0.1
