@@ -18,7 +18,7 @@ from ppl.errors import (
 )
 from ppl.gibbs import Gibbs
 from ppl.kernels import ConditionalDraw, HMCKernel, Kernel, SliceKernel
-from ppl.mcmc import HMC, NUTS
+from ppl.mcmc import HMC, NUTS, EllipticalSlice
 from ppl.monitor import Event, Monitor
 from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
 from ppl.posterior import Estimate, Posterior
@@ -36,6 +36,7 @@ __all__ = [
     "Comparison",
     "ConditionalDraw",
     "DataError",
+    "EllipticalSlice",
     "Estimate",
     "Event",
     "FittedGuide",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl.errors import TraceError
+from ppl.passes import functional, out_of_place, pin_types, simplify
 
 __all__ = ["Batching", "Compile", "Inputs", "LaneFunction"]
 
@@ -204,9 +206,15 @@ class LaneFunction:
         if runner.kind != "vmap":
             return
         try:
-            graph = _clean(make_fx(runner.call)(*args))
+            graph = simplify(make_fx(runner.call)(*args))
+            with torch.no_grad():
+                pairs = list(zip(graph(*args), runner.call(*args), strict=True))
         except Exception:
             runner.kind = "vmap-only"  # slower, never wrong
+            return
+        if not all(_close(a, b, _tolerance(b)) for a, b in pairs):
+            self.notes.append("the graph of many draws disagreed with that of one and is not used")
+            runner.kind = "vmap-only"
             return
         runner.call, runner.kind, runner.nodes = graph, "graph", len(graph.graph.nodes)
 
@@ -273,7 +281,13 @@ class LaneFunction:
         )
 
     def _trace_one(self, lane: Inputs, shared: Inputs) -> fx.GraphModule:
-        graph = _clean(make_fx(self._flat)(*self._args(lane, shared)))
+        args = self._args(lane, shared)
+        graph = make_fx(self._flat)(*args)
+        if not out_of_place(graph):
+            # Writes such as `out[t] = x`: traced again without them, so that they can be vmapped and have gradients.
+            with suppress(Exception):
+                graph = functional(make_fx(torch.func.functionalize(self._flat, remove="mutations"))(*args))
+        graph = simplify(pin_types(graph))
         for node in graph.graph.nodes:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:
@@ -287,25 +301,27 @@ class LaneFunction:
 
     def _check(self, lane: Inputs, shared: Inputs, probes: Sequence[tuple[Inputs, Inputs]]) -> None:
         """Compare the batched function with the eager one, value and gradient, at fresh inputs."""
-        points = [(lane, shared), *probes]
         split = len(self._lane_names)
-        for lane_i, shared_i in points:
+        for lane_i, shared_i in probes or [(lane, shared)]:
             args = self._args(lane_i, shared_i)
-            eager = self._flat(*args)
+            where = tuple(i for i in range(split) if args[i].is_floating_point())
             twice = [torch.stack([a, a]) for a in args[:split]] + args[split:]
             batched = [b[0] for b in self._vmapped()(*twice)] if split else self._vmapped()(*args)
+            scalar = len(batched) == 1 and batched[0].ndim == 0 and batched[0].is_floating_point()
+            grads: list[Tensor] = []
+            if scalar and where:
+                value, *grads = _autograd(lambda *a: (self._flat(*a)[0],) * 2, where, args)
+                eager = [value]
+            else:
+                eager = self._flat(*args)
             if not all(_close(a, b, _tolerance(a)) for a, b in zip(eager, batched, strict=True)):
                 raise TraceError(_disagreement("values", eager, batched))
-            if not (len(eager) == 1 and eager[0].ndim == 0 and eager[0].is_floating_point() and split):
+            if not grads:
                 continue
-            where = tuple(i for i in range(split) if args[i].is_floating_point())
-            if not where:
-                continue
-            one_grad = _autograd(lambda *a: (self._flat(*a)[0],) * 2, where, args)[1:]
             names = tuple(self._lane_names[i] for i in where)
             lanes_grad = [g[0] for g in self._plain(names).call(*twice)[1:]]
-            if not all(_close(a, b, 100 * _tolerance(a)) for a, b in zip(one_grad, lanes_grad, strict=True)):
-                raise TraceError(_disagreement("gradients", one_grad, lanes_grad))
+            if not all(_close(a, b, 100 * _tolerance(a)) for a, b in zip(grads, lanes_grad, strict=True)):
+                raise TraceError(_disagreement("gradients", grads, lanes_grad))
 
 
 def _autograd(
@@ -320,22 +336,6 @@ def _autograd(
             return [value.detach(), *(torch.zeros_like(a) for a in inputs)]
         grads = torch.autograd.grad(summed, inputs, allow_unused=True)
     return [value.detach(), *(torch.zeros_like(a) if g is None else g for a, g in zip(inputs, grads, strict=True))]
-
-
-def _clean(graph: fx.GraphModule) -> fx.GraphModule:
-    """Drop dead nodes, share equal ones and fold what depends on no input."""
-    from torch._functorch.compile_utils import fx_graph_cse
-
-    graph.graph.eliminate_dead_code()
-    graph.graph = fx_graph_cse(graph.graph)
-    try:
-        from torch._inductor.constant_folding import constant_fold
-
-        constant_fold(graph)
-    except Exception:  # folding is an optimisation only
-        pass
-    graph.recompile()
-    return graph
 
 
 def _tolerance(x: Tensor) -> float:

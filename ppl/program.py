@@ -26,6 +26,7 @@ from ppl.trace import (
     Site,
     check_latents,
     check_observations,
+    is_deterministic,
     log_prob_of,
     read_sites,
     run_model,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from ppl.posterior import Posterior
 
 __all__ = ["Program", "seeded"]
+
+FIRST_TRIES = 5  # prior draws with which the model may fail before it is refused
 
 Values = Mapping[str, Tensor]
 
@@ -483,48 +486,24 @@ class Program:
                 dtype = torch.promote_types(dtype, other)
             self.dtype = dtype
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        args, kwargs = self._arguments({})
-        traces: list[tuple[Any, list[str]]] = []
-        for seed in (0, 1):
-            if seed == 1 and not traces[0][1]:
-                continue
-            generator = torch.Generator(self.device).manual_seed(seed)
-            fixed = dict(given or {})
-            run = Run(values=fixed, data=self._overridden, functions=self._replaced)
-            with seeded(generator), torch.no_grad():
-                try:
-                    with settings(self.dtype, validate=seed == 0):
-                        trace, _ = run_model(self.model, args, kwargs, _first_run(run, seed, traces))
-                except PilotlightError:
-                    raise
-                except ValueError as error:
-                    raise ProgramError(f"the model failed when it was run once: {error}") from error
-            capable = [n for n, s in read_sites(trace).items() if s.capabilities - {"enumerable"}]
-            traces.append((trace, capable))
-            if seed == 0:
-                check_observations(trace)
-                break_early = given is not None
-                if break_early:
-                    break
-        trace = traces[0][0]
+        trace = self._first_trace(dict(given or {}))
+        check_observations(trace)
         sites = read_sites(trace)
-        if len(traces) > 1:
-            again = read_sites(traces[1][0])
+        if given is not None:
+            sites = {n: _with_static(s, self.sites[n].static) for n, s in sites.items()}
+        else:
+            again = self._second_sites(trace, sites)
             sites = {
                 n: _with_static(s, n in again and _same(s.distribution, again[n].distribution))
                 for n, s in sites.items()
             }
-        elif given is not None:
-            sites = {n: _with_static(s, self.sites[n].static) for n, s in sites.items()}
         self.sites = sites
         self._first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
         check_latents(sites, floating[0] if floating else None, self.device)
         self.data = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if s.observed}
         self.nesting = max((-f.dim for s in sites.values() for f in s.frames), default=0)
         self.deterministic: dict[str, torch.Size] = {
-            n: node["value"].shape
-            for n, node in trace.nodes.items()
-            if node["type"] == "sample" and node["infer"].get("_deterministic", False)
+            n: node["value"].shape for n, node in trace.nodes.items() if is_deterministic(node)
         }
         params = {n: node["value"] for n, node in trace.nodes.items() if node["type"] == "param"}
         self.parameter_constraints = {
@@ -538,6 +517,33 @@ class Program:
         self._stacked: dict[str, Tensor] = {}
         self._rows: tuple[dict[str, Any], ...] = ()
         self._single_functions = {}
+
+    def _first_trace(self, given: Values) -> Any:
+        """Run the model validated; another prior draw is tried where one fails, as those of heavy tails can."""
+        for seed in range(FIRST_TRIES):
+            try:
+                return self._run_once(given, seed, validate=True)
+            except PilotlightError:
+                raise
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                failure = error
+        raise ProgramError(f"the model failed when it was run once: {failure}") from failure
+
+    def _second_sites(self, trace: Any, sites: Mapping[str, Site]) -> dict[str, Site]:
+        """Sites of a run with other latents, to tell which distributions are fixed; costly sites keep their value."""
+        costly = [n for n, s in sites.items() if not s.observed and s.capabilities - {"enumerable"}]
+        try:
+            other = self._run_once({n: trace.nodes[n]["value"] for n in costly}, FIRST_TRIES, validate=False)
+        except (ValueError, RuntimeError):
+            return {}
+        return read_sites(other)
+
+    def _run_once(self, values: Values, seed: int, validate: bool) -> Any:
+        args, kwargs = self._arguments({})
+        run = Run(values=values, data=self._overridden, functions=self._replaced)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with seeded(generator), torch.no_grad(), settings(self.dtype, validate=validate):
+            return run_model(self.model, args, kwargs, run)[0]
 
     def _fixed_value(self, site: Site) -> Tensor:
         return self._first_values[site.name]
@@ -665,15 +671,6 @@ def _dotted(path: Sequence[Any]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
 
 
-def _first_run(run: Run, seed: int, traces: list[Any]) -> Run:
-    """The second run moves every latent whose distribution has no say in what follows of cost; the first draws all."""
-    if seed == 0:
-        return run
-    nodes = traces[0][0].nodes
-    costly = [n for n in traces[0][1] if not nodes[n]["is_observed"]]
-    return Run(values={**run.values, **{n: nodes[n]["value"] for n in costly}}, data=run.data, functions=run.functions)
-
-
 def _with_static(site: Site, static: bool) -> Site:
     return Site(**{**{f: getattr(site, f) for f in Site.__dataclass_fields__}, "static": static})
 
@@ -683,7 +680,8 @@ def _same(a: Any, b: Any) -> bool:
     a, b = unwrap(a), unwrap(b)
     if a is b:
         return True
-    if type(a) is not type(b) or a.__dict__.keys() != b.__dict__.keys():
+    ours, theirs = ({k: v for k, v in x.__dict__.items() if k != "_validate_args"} for x in (a, b))
+    if type(a) is not type(b) or ours.keys() != theirs.keys():
         return False
 
     def equal(u: Any, v: Any) -> bool:
@@ -693,7 +691,7 @@ def _same(a: Any, b: Any) -> bool:
             return u.shape == v.shape and torch.equal(u, v)
         return isinstance(u, str | int | float | tuple | frozenset | None | torch.dtype | torch.device) and u == v
 
-    return all(equal(a.__dict__[k], b.__dict__[k]) for k in a.__dict__)
+    return all(equal(ours[k], theirs[k]) for k in ours)
 
 
 def _prior_term(trace: Any, name: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ppl.mcmc.elliptical_slice import EllipticalSlice
 from ppl.mcmc.hmc import HMC
 from ppl.mcmc.nuts import NUTS
 
-__all__ = ["HMC", "NUTS"]
+__all__ = ["HMC", "NUTS", "EllipticalSlice"]
