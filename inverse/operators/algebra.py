@@ -93,6 +93,12 @@ class Scaled(LinearOperator):
         self.register_buffer("factor", value.to(operator._device()))
         self.structure = operator.structure
 
+    @property
+    def gram_scale(self) -> Tensor | None:
+        """c^2 times that of A."""
+        inner = self.operator.gram_scale
+        return None if inner is None else self.factor.square() * inner
+
     def forward(self, x: Tensor) -> Tensor:
         """The forward map times c."""
         return self.factor.to(x) * self.operator.forward(x)

@@ -87,7 +87,10 @@ def scatter_index(keep: Tensor, size: int) -> Tensor:
 
 def scatter(z: Tensor, index: Tensor) -> Tensor:
     """(*batch, kept) -> (*batch, size) with zeros at absent places; a gather, so it is safe under every transform."""
-    return torch.cat([z, z.new_zeros(*z.shape[:-1], 1)], -1)[..., index]
+    kept = z.shape[-1]
+    if kept == 0:
+        return z.new_zeros(*z.shape[:-1], len(index))
+    return torch.where(index < kept, z.index_select(-1, index.clamp(max=kept - 1)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,11 @@ class LinearOperator(nn.Module):
         raise CapabilityError(f"{type(self).__name__} has no adjoint; write adjoint(y) in the subclass")
 
     # ---- what it offers -----------------------------------------------------------------------------------------
+
+    @property
+    def gram_scale(self) -> float | Tensor | None:
+        """c where A A^T = c I, which makes every gram solve a division; None where it is not so or not known."""
+        return None
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -327,6 +335,9 @@ class LinearOperator(nn.Module):
             tensor([0.2500, 0.2500])
         """
         self.check_shape(r, self.out_shape, "residual")
+        if self.gram_scale is not None:
+            ndim, scale = len(self.out_shape), torch.as_tensor(self.gram_scale).to(r)
+            return r / (_over_event(noise_var, r, ndim) + _over_event(prior_var, r, ndim) * scale)
         noise, prior = _over_event(noise_var, r, 1), _over_event(prior_var, r, 1)
         if "svd" in self.capabilities:
             svd = self.svd()
@@ -424,7 +435,7 @@ def _diagonal_svd(A: LinearOperator) -> SVD:
     s, index = gram[keep].sqrt(), scatter_index(keep, size)
 
     def to_spectral(x: Tensor) -> Tensor:
-        return flatten_event(x, ndim)[..., keep]
+        return flatten_event(x, ndim).index_select(-1, keep)
 
     def from_spectral(z: Tensor) -> Tensor:
         return scatter(z, index).reshape((*z.shape[:-1], *A.in_shape))

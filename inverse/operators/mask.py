@@ -30,6 +30,11 @@ class Identity(LinearOperator):
     def __init__(self, in_shape: tuple[int, ...]) -> None:
         super().__init__(in_shape, in_shape)
 
+    @property
+    def gram_scale(self) -> float:
+        """A A^T = I."""
+        return 1.0
+
     def forward(self, x: Tensor) -> Tensor:
         """A copy of x."""
         return x.clone()
@@ -109,7 +114,12 @@ class Mask(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """Observed entries, (*batch, observed)."""
-        return flatten_event(x, len(self.in_shape))[..., self.keep]
+        return flatten_event(x, len(self.in_shape)).index_select(-1, self.keep)
+
+    @property
+    def gram_scale(self) -> float:
+        """The observed entries are distinct: A A^T = I."""
+        return 1.0
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Entries back in place, zeros elsewhere."""
