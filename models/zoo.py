@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.denoisers.train import TrainedDenoiser
+from models.denoisers.run import TrainedDenoiser
 from models.denoisers.unet import UNet, UNetConfig
 from ppl.errors import OptionError, WeightsError
 from sde.denoiser import EDMDenoiser

@@ -16,7 +16,7 @@ import torch
 
 from models.data import ImageData
 from models.denoisers import TrainConfig, UNetConfig, train
-from models.denoisers.train import _shifted
+from models.denoisers.run import _shifted
 from ppl.errors import CheckpointError, NotFiniteError, OptionError, ShapeError
 
 NETWORK = UNetConfig((1, 4, 4), patch=1, widths=(8,), blocks=1, heads=1, embedding=16, labels=2, dropout=0.1)
