@@ -1,6 +1,6 @@
 """One training run, step by step: all that changes while training, and all that a checkpoint holds.
 
-The averaged weights follow Karras et al. (2024), eq. 4 [inferred]: (1 - 1/t)^(ema + 1) of the old ones stays after step t.
+Weights are averaged as in Karras et al. (2024), eq. 4 [inferred]: (1 - 1/t)^(ema + 1) of the old ones stays at step t.
 """
 
 from __future__ import annotations
