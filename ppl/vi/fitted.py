@@ -264,7 +264,7 @@ def full_values(flat: FlatDensity, z: Tensor) -> dict[str, Tensor]:
         for name, value in flat.constrain(z, subsample).items():
             site = program.sites.get(name)
             if site is not None and value.shape[1:] != site.shape:
-                place: list[Any] = [torch.arange(len(z)), *(torch.arange(size) for size in site.shape)]
+                place = [torch.arange(size, device=z.device) for size in (len(z), *site.shape)]
                 for frame in site.frames:
                     if frame.name in subsample:
                         place[1 + len(site.shape) - site.event_dim + frame.dim] = subsample[frame.name]
@@ -306,7 +306,8 @@ def _chunked(flat: FlatDensity, z: Tensor, size: int, subsample: Mapping[str, Te
 
 def _mean(values: Tensor) -> Estimate:
     values = values.double()
-    return Estimate(values.mean(), values.std() / math.sqrt(len(values)))
+    spread = values.std() if len(values) > 1 else values.new_tensor(math.nan)
+    return Estimate(values.mean(), spread / math.sqrt(len(values)))
 
 
 def _pareto_k(log_weight: Tensor) -> Tensor:

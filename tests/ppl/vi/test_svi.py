@@ -309,6 +309,7 @@ def test_bad_densities_and_options() -> None:
     program = ppl.Program(model, torch.tensor(1.0).double())
     with pytest.raises(NotFiniteError, match="step"):
         SVI(guide=MeanField(init_scale=2.0), steps=50).fit(program)
+    assert torch.isnan(SVI(steps=2).fit(program).posterior(1).info["elbo_stderr"])
     for options in ({"steps": 0}, {"lr": -1.0}, {"decay": "linear"}, {"average": 1.0}, {"patience": 1}):
         with pytest.raises(OptionError, match=next(iter(options))):
             SVI(**options)
