@@ -81,8 +81,9 @@ def inpaint_fashion(
     y = mask(truth)
     y = y + sigma * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
     about = (
-        f"Held-out Fashion-MNIST images: {1 - mask.out_shape[0] / seen.numel():.0%} of the pixels are hidden, the others "
-        f"carry Gaussian noise of standard deviation {sigma:g}. The prior is a diffusion model trained on other images."
+        f"Held-out Fashion-MNIST images: {1 - mask.out_shape[0] / seen.numel():.0%} of the pixels are hidden, the "
+        f"others carry Gaussian noise of standard deviation {sigma:g}. The prior is a diffusion model that was trained "
+        "on other images."
     )
     return Problem(Program(inpaint, y[0]).over(y=y), {"x": truth}, about)
 

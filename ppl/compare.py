@@ -154,12 +154,17 @@ class Comparison:
 
         console = console or Console()
         columns = [c for c in self.columns if c.key != "notes"]
-        table = Table(title=Text(repr(self.program)), title_justify="left", box=None, pad_edge=False)
-        table.add_column("backend", no_wrap=True)
-        for c in columns:
-            table.add_column(c.head, justify="left" if c.key == "exact" else "right")
-        for row in self.rows:
-            table.add_row(Text(row.name), *(Text(row.cell(c)) for c in columns))
+        lines = [["backend", *(c.head for c in columns)]]
+        lines += [[row.name, *(row.cell(c) for c in columns)] for row in self.rows]
+        widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+        if sum(widths) > console.width:  # a narrow terminal: backends side by side
+            lines = [list(column) for column in zip(*lines, strict=True)]
+        table = Table(box=None, pad_edge=False)
+        for i, head in enumerate(lines[0]):
+            table.add_column(Text(head), justify="left" if i == 0 else "right")
+        for line in lines[1:]:
+            table.add_row(*(Text(cell) for cell in line))
+        console.print(Text(repr(self.program)), style="bold")
         console.print(table)
         for row in self.rows:
             if row.error or row.notes:
@@ -261,7 +266,7 @@ def compare(
         row, interrupted = _row(name, backend, program, draws, chains, seed, progress)
         if row.posterior is not None:
             judge = torch.Generator().manual_seed(seed)
-            row = _judged(row, row.posterior, truth, judges, judge)
+            row = _judged(row, row.posterior, list(program.latents), truth, judges, judge)
         rows.append(row)
     return Comparison(program, tuple(rows), truth, draws, seed, complete=not interrupted)
 
@@ -303,18 +308,23 @@ def _if_backend(backend: Any) -> Backend | None:
 
 
 def _judged(
-    row: Row, posterior: Posterior, truth: Mapping[str, Tensor], reference: Reference | None, generator: torch.Generator
+    row: Row,
+    posterior: Posterior,
+    sites: list[str],
+    truth: Mapping[str, Tensor],
+    reference: Reference | None,
+    generator: torch.Generator,
 ) -> Row:
     """The row with its figures."""
     exact = row.backend.exact if row.backend is not None else str(posterior.attrs.get("exact", "in_the_limit"))
     figures, notes = cost_scores(posterior), list(row.notes)
     if len(posterior):
-        figures |= own_scores(posterior, exact)
+        figures |= own_scores(posterior, exact, [n for n in sites if n in posterior])
         if truth:
             figures |= truth_scores(posterior, truth, generator)
         if reference is not None:
             figures |= reference_scores(posterior, reference, generator)
-    if figures.get("r_hat", 0.0) > 1.01:
+    if figures.get("r_hat", 0.0) > 1.01 and not any("R-hat" in note for note in notes):
         notes.append(f"R-hat is {figures['r_hat']:.2f}: the chains disagree, so the draws do not show the posterior")
     return Row(row.name, row.backend, posterior, row.error, figures, tuple(notes))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ ReferenceSource = Posterior | Mapping[str, Tensor] | Tensor | Callable[[int, tor
 
 SETS = 6
 ENTRIES = 64  # numbers of a site whose ESS and R-hat are looked at
+FEWEST = 19  # draws whose central 90 % interval is not just all of the line
 NAN = math.nan
 
 
@@ -114,15 +115,15 @@ def cost_scores(posterior: Posterior) -> dict[str, float]:
     }
 
 
-def own_scores(posterior: Posterior, exact: str) -> dict[str, float]:
-    """ESS, R-hat, evidence, ELBO and k-hat, as the engine and its draws give them."""
+def own_scores(posterior: Posterior, exact: str, sites: Sequence[str]) -> dict[str, float]:
+    """ESS and R-hat over some sites; evidence, ELBO and k-hat as the engine gives them."""
     out = dict.fromkeys(("ess", "r_hat", "log_evidence", "log_evidence_stderr", "elbo", "k_hat"), NAN)
     if exact == "always":
         out["ess"] = float(len(posterior))
     elif exact != "never":
-        out["ess"] = _ess(posterior)
+        out["ess"] = _ess(posterior, sites)
     if posterior.chains > 1 and posterior.log_weight is None and exact == "in_the_limit":
-        out["r_hat"] = _statistic(posterior, "r_hat", max)
+        out["r_hat"] = _statistic(posterior, sites, "r_hat", max)
     if posterior.log_evidence is not None:
         out["log_evidence"] = float(posterior.log_evidence.value.sum())
         out["log_evidence_stderr"] = float(posterior.log_evidence.stderr.square().sum().sqrt())
@@ -134,20 +135,20 @@ def own_scores(posterior: Posterior, exact: str) -> dict[str, float]:
     return out
 
 
-def _ess(posterior: Posterior) -> float:
+def _ess(posterior: Posterior, sites: Sequence[str]) -> float:
     """Smallest effective sample size over sites and entries; the mean over problems."""
     if posterior.log_weight is not None or "root_ess" in posterior.info:
-        site = min(posterior.draws, key=lambda n: posterior.draws[n].numel())
+        site = min(sites, key=lambda n: posterior.draws[n].numel())
         return float(posterior.ess(site).reshape(posterior.problems or 1, -1)[:, 0].mean())
-    return _statistic(posterior, "ess_bulk", min)
+    return _statistic(posterior, sites, "ess_bulk", min)
 
 
-def _statistic(posterior: Posterior, name: Any, worst: Callable[..., float]) -> float:
+def _statistic(posterior: Posterior, sites: Sequence[str], name: Any, worst: Callable[..., float]) -> float:
     """An ArviZ statistic at its worst over sites and some entries; the mean over problems."""
     from ppl.summary import arviz_statistic
 
     by_problem: list[list[float]] = []
-    for values in posterior.draws.values():
+    for values in (posterior[site] for site in sites):
         if not values.is_floating_point() or values.numel() == 0:
             continue
         lanes = values.reshape(posterior.problems or 1, *posterior.shape[-2:], -1)
@@ -228,7 +229,8 @@ def truth_scores(posterior: Posterior, truth: Mapping[str, Tensor], generator: t
             continue
         drawn = posterior.sample(name, n, generator).double().reshape(problems, n, *expected)
         rank = ranks(drawn, true, generator=generator, dim=1)
-        inside.append(inside_central(rank, n, 0.9).double().flatten())
+        if n >= FEWEST:
+            inside.append(inside_central(rank, n, 0.9).double().flatten())
         if true[0].numel() > largest:
             largest = true[0].numel()
             error = (posterior.mean(name).double().reshape(true.shape) - true).square().mean()
