@@ -99,12 +99,12 @@ def _floats(value: Tensor) -> bool:
 
 
 def out_of_place(module: fx.GraphModule) -> bool:
-    """Turn writes into fresh tensors, such as `masked_fill_` in a log density, into new tensors; says if none is left."""
+    """Turn writes into fresh tensors, such as `masked_fill_` in a log density, into new ones; says if none is left."""
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
         if not _mutates(node):
             continue
-        target = node.args[0] if node.args else None
+        target: Any = node.args[0] if node.args else None
         name = node.target._schema.name.split("::")[1]
         plain = getattr(getattr(aten, name.removesuffix("_"), None), node.target._overloadname, None)
         alone = (
