@@ -119,8 +119,9 @@ def check_moments(draws: Tensor, mean: Tensor, sd: Tensor, ess: Tensor) -> None:
     assert float((ratio * (ess / 4).sqrt()).abs().max()) < 5
 
 
-def test_hmc_in_noise_space() -> None:
-    posterior = ppl.infer(ppl.Program(fixed, DATA), NoiseSpace(ppl.HMC(warmup=150)), draws=150, seed=0)
+@pytest.mark.parametrize("engine", [ppl.HMC(warmup=150), ppl.EllipticalSlice(warmup=100), ppl.NUTS(warmup=150)])
+def test_chains_in_noise_space(engine: ppl.Backend) -> None:
+    posterior = ppl.infer(ppl.Program(fixed, DATA), NoiseSpace(engine), draws=200, seed=0)
     mean, covariance = exact_fixed()
     check_moments(posterior.flatten("x"), mean, covariance.diagonal().sqrt(), posterior.ess("x"))
 
