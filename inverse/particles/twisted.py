@@ -16,7 +16,7 @@ from inverse.particles.guided import GuidedKernel
 from inverse.problem import DiffusionProblem
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
-from ppl.errors import NotFiniteError, OptionError
+from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
@@ -109,7 +109,9 @@ class TwistedSMC:
                     break
                 found.append(done)
             if not found:
-                raise NotFiniteError("the run was interrupted before its first pass over the noise levels was complete")
+                monitor.note("TwistedSMC: stopped before its first pass over the noise levels was complete: no draws")
+                empty = torch.zeros(1, 0, *problem.shape, dtype=problem.dtype, device=problem.device)
+                return Posterior(draws={problem.site: empty}, attrs={"complete": False})
             x = torch.stack([values for values, _ in found])
             results = problem.results(x)
         merged = [m for _, m in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from itertools import pairwise
 
@@ -230,12 +229,11 @@ def test_interrupted_run_resumes_to_the_same_draws(guide: object, small: tuple, 
         return len(seen) == 13
 
     folder = str(tmp_path) + "/checkpoint"
-    partial = None
-    with contextlib.suppress(ppl.NotFiniteError):  # stopped before its first run was complete
-        partial = ppl.infer(
-            program, backend, draws=120, chains=2, seed=4, checkpoint=folder, checkpoint_every=0, callback=stop
-        )
-    assert partial is None or not partial.complete
+    partial = ppl.infer(
+        program, backend, draws=120, chains=2, seed=4, checkpoint=folder, checkpoint_every=0, callback=stop
+    )
+    assert not partial.complete
+    assert partial["x"].shape[1] in (0, 120)
     resumed = ppl.infer(program, backend, draws=120, chains=2, seed=4, checkpoint=folder, checkpoint_every=0)
     torch.testing.assert_close(resumed["x"], whole["x"], rtol=0, atol=1e-9)
     assert resumed.log_evidence is not None
