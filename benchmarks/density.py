@@ -92,7 +92,7 @@ def main(rounds: int) -> None:
         }
         expected = loop(z)
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for name, (fn, _) in ways.items():
+        for fn, _ in ways.values():
             torch.testing.assert_close(fn(z), expected, rtol=1e-9, atol=1e-9)
         for _ in range(rounds):
             for name, (fn, repeats) in ways.items():

@@ -18,7 +18,7 @@ from ppl.errors import (
 )
 from ppl.gibbs import Gibbs
 from ppl.kernels import ConditionalDraw, HMCKernel, Kernel, SliceKernel
-from ppl.mcmc import HMC, NUTS, EllipticalSlice
+from ppl.mcmc import HMC, NUTS, EllipticalSlice, Pyro
 from ppl.monitor import Event, Monitor
 from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
 from ppl.posterior import Estimate, Posterior
@@ -56,6 +56,7 @@ __all__ = [
     "Posterior",
     "Program",
     "ProgramError",
+    "Pyro",
     "ShapeError",
     "SliceKernel",
     "TraceError",

@@ -24,7 +24,18 @@ from torch.distributions import biject_to
 
 from ppl.errors import DataError, ProgramError, ShapeError
 
-__all__ = ["Layout", "Leaf", "Run", "Site", "log_prob_of", "read_sites", "run_model", "settings", "unwrap"]
+__all__ = [
+    "Layout",
+    "Leaf",
+    "Run",
+    "Site",
+    "log_prob_of",
+    "read_sites",
+    "run_model",
+    "set_values",
+    "settings",
+    "unwrap",
+]
 
 
 @dataclass(frozen=True)
@@ -185,6 +196,11 @@ class _Setter(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] in self.run.params:
             msg["value"], msg["done"] = self.run.params[msg["name"]], True
+
+
+def set_values(run: Run, model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with data, parameters and distributions set by `run`, still to be run by Pyro itself."""
+    return _Setter(run, lambda name: None)(model)
 
 
 def _static_mask(msg: Any) -> Tensor | None:
