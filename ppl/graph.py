@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl.errors import TraceError
-from ppl.passes import functional, out_of_place, pin_types, simplify
+from ppl.passes import functional, no_raise, out_of_place, pin_types, simplify
 
 __all__ = ["Batching", "Compile", "Inputs", "LaneFunction"]
 
@@ -287,7 +287,7 @@ class LaneFunction:
             # Writes such as `out[t] = x`: traced again without them, so that they can be vmapped and have gradients.
             with suppress(Exception):
                 graph = functional(make_fx(torch.func.functionalize(self._flat, remove="mutations"))(*args))
-        graph = simplify(pin_types(graph))
+        graph = simplify(no_raise(pin_types(graph)))
         for node in graph.graph.nodes:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["functional", "out_of_place", "pin_types", "simplify"]
+__all__ = ["functional", "no_raise", "out_of_place", "pin_types", "simplify"]
 
 FOLD_NUMEL = 200_000  # larger constants stay computed: storing them would cost more than it saves
 ROUNDS = 4
@@ -125,6 +125,37 @@ def out_of_place(module: fx.GraphModule) -> bool:
     return not any(_mutates(node) for node in module.graph.nodes)
 
 
+def no_raise(module: fx.GraphModule) -> fx.GraphModule:
+    """A failed factorisation becomes NaN instead of an exception: one bad draw must not stop all others; in place."""
+    for check in list(module.graph.nodes):
+        if check.target is not aten._linalg_check_errors.default:
+            continue
+        info: Any = check.args[0]
+        source = info.args[0] if info.target is operator.getitem else None
+        for result in list(source.users) if source is not None else []:
+            value = result.meta.get("val")
+            if result is info or not isinstance(value, Tensor) or not _floats(value):
+                continue
+            with module.graph.inserting_after(check):
+                good: Any = module.graph.call_function(aten.eq.Scalar, (info, 0))
+            spread = [*info.meta["val"].shape] + [1] * (value.ndim - info.meta["val"].ndim)
+            with module.graph.inserting_after(good):
+                good = module.graph.call_function(aten.view.default, (good, spread))
+            with module.graph.inserting_after(good):
+                nan = module.graph.call_function(
+                    aten.full.default, ([], float("nan")), {"dtype": value.dtype, "device": value.device}
+                )
+            nan.meta["val"] = value.new_empty(())
+            with module.graph.inserting_after(nan):
+                safe = module.graph.call_function(aten.where.self, (good, result, nan))
+            safe.meta["val"] = value
+            result.replace_all_uses_with(safe, delete_user_cb=lambda user, safe=safe: user is not safe)
+        if source is not None:
+            module.graph.erase_node(check)
+    module.recompile()
+    return module
+
+
 def _aliases(node: fx.Node) -> bool:
     """Whether a node's result may share memory with its input."""
     schema = getattr(node.target, "_schema", None)
@@ -132,18 +163,73 @@ def _aliases(node: fx.Node) -> bool:
 
 
 def functional(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace `aten.copy`, left over from writes in place, by operations that have a gradient; in place."""
+    """Write what is left of writes in place with operations whose gradients are right under vmap; in place.
+
+    `aten.copy` has no gradient, and those of `select_scatter` and `slice_scatter` under vmap are wrong in torch 2.13.
+    """
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not aten.copy.default:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
-        target, source = node.args[:2]
+        rewrite = _REWRITES.get(node.target)
         with module.graph.inserting_before(node):
-            new = module.graph.call_function(aten.expand_as.default, (source, target))
-            new = module.graph.call_function(aten.type_as.default, (new, target))
-        node.replace_all_uses_with(new)
-        module.graph.erase_node(node)
+            new = rewrite(module, node) if rewrite is not None else None
+        if new is not None:
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _copy(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    graph, value = module.graph, node.meta["val"]
+    wide = graph.call_function(aten.expand.default, (node.args[1], list(value.shape)))
+    wide.meta["val"] = value
+    return graph.call_function(aten._to_copy.default, (wide,), {"dtype": value.dtype})
+
+
+def _select_scatter(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    graph = module.graph
+    base, source, axis, index = _arguments(node)
+    size = node.meta["val"].shape[axis]
+    index = index % size
+    row = graph.call_function(aten.unsqueeze.default, (source, axis % node.meta["val"].ndim))
+    return _joined(graph, base, row, axis, index, index + 1, size)
+
+
+def _slice_scatter(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    graph, value = module.graph, node.meta["val"]
+    given = _arguments(node)
+    base, source, axis, start, end, step = (*given, *(0, None, None, 1)[len(given) - 2 :])
+    size = value.shape[axis]
+    start, end, _ = slice(start, end).indices(size)
+    if step == 1:
+        return _joined(graph, base, source, axis, start, max(start, end), size)
+    # Rows of the base, with those of the source behind them, in the order of the result.
+    index = torch.arange(size, device=value.device)
+    index[start:end:step] = size + torch.arange(len(index[start:end:step]), device=value.device)
+    name = _new_name(module)
+    module.register_buffer(name, index)
+    both = graph.call_function(aten.cat.default, ([base, source], axis))
+    return graph.call_function(aten.index_select.default, (both, axis, graph.get_attr(name)))
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _joined(graph: fx.Graph, base: Any, middle: Any, axis: int, start: int, end: int, size: int) -> fx.Node:
+    """`base` with [start, end) along an axis replaced."""
+    before = [graph.call_function(aten.slice.Tensor, (base, axis, 0, start))] if start > 0 else []
+    after = [graph.call_function(aten.slice.Tensor, (base, axis, end, size))] if end < size else []
+    return graph.call_function(aten.cat.default, ([*before, middle, *after], axis))
+
+
+_REWRITES: dict[Any, Callable[[fx.GraphModule, fx.Node], fx.Node]] = {
+    aten.copy.default: _copy,
+    aten.select_scatter.default: _select_scatter,
+    aten.slice_scatter.default: _slice_scatter,
+}
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -197,7 +283,8 @@ def _unchanged(module: fx.GraphModule, node: fx.Node, kind: Any) -> fx.Node | No
     target: Any = node.target
     args: Any = node.args
     if target in _COPIES:
-        return args[0] if isinstance(args[0], fx.Node) else None
+        # A copy into another memory format is there for a view behind it.
+        return args[0] if isinstance(args[0], fx.Node) and not node.kwargs else None
     if kind is None:
         return None
 

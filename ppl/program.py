@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -511,9 +512,10 @@ class Program:
         }
         if not hasattr(self, "parameters"):
             self.parameters = {n: cast(Tensor, p).detach().clone() for n, p in params.items()}
-        self._default_indices = {
-            n: node["value"] for n, node in trace.nodes.items() if n in self.subsampled and node["type"] == "sample"
-        }
+        plates = {n: node["value"] for n, node in trace.nodes.items() if site_is_subsample(node)}
+        self._default_indices = {n: v for n, v in plates.items() if n in self.subsampled}
+        frames = [f for node in trace.nodes.values() if node["type"] == "sample" for f in node["cond_indep_stack"]]
+        self._sequential = {f.name: list(range(f.size)) for f in frames if not f.vectorized and f.name in plates}
         self._stacked: dict[str, Tensor] = {}
         self._rows: tuple[dict[str, Any], ...] = ()
         self._single_functions = {}
@@ -576,7 +578,7 @@ class Program:
         run.data = {n.removeprefix("data."): v for n, v in inputs.items() if n.startswith("data.")}
         run.params = {n.removeprefix("param."): v for n, v in inputs.items() if n.startswith("param.")}
         run.indices = {n.removeprefix("index."): v for n, v in inputs.items() if n.startswith("index.")}
-        run.functions = self._replaced
+        run.functions, run.plates = self._replaced, self._sequential
         args, kwargs = self._arguments(inputs)
 
         def visit(name: str) -> None:
@@ -710,8 +712,6 @@ def _depends(term: Tensor, value: Tensor) -> bool:
 
 def _values(trace: Any) -> dict[str, Tensor]:
     """Values of sample sites and deterministic sites of a trace."""
-    from pyro.poutine.util import site_is_subsample
-
     return {
         n: node["value"]
         for n, node in trace.nodes.items()

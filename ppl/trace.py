@@ -117,6 +117,7 @@ class Run:
         layout: places of the sites in `z`.
         data: observed values that replace those in the model.
         indices: subsample indices by plate.
+        plates: indices of sequential plates, as integers, so that a loop over them can be traced.
         params: learnable tensors by name, constrained.
         functions: distributions that replace those in the model.
         unscored: sites whose density is not counted; `None` scores all.
@@ -129,6 +130,7 @@ class Run:
     layout: Layout | None = None
     data: Mapping[str, Tensor] = field(default_factory=dict)
     indices: Mapping[str, Tensor] = field(default_factory=dict)
+    plates: Mapping[str, list[int]] = field(default_factory=dict)
     params: Mapping[str, Tensor] = field(default_factory=dict)
     functions: Mapping[str, Any] = field(default_factory=dict)
     unscored: frozenset[str] = frozenset()
@@ -151,6 +153,8 @@ class _Setter(Messenger):
         if site_is_subsample(msg):
             if name in run.indices:
                 msg["value"] = run.indices[name]
+            elif name in run.plates:
+                msg["value"] = run.plates[name]
             return
         if name in run.functions:
             msg["fn"] = run.functions[name]
