@@ -23,6 +23,7 @@ from ppl.monitor import Event, Monitor
 from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
+from ppl.shadow import warn_if_shadowed
 from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
 
 __all__ = [
@@ -66,3 +67,5 @@ __all__ = [
     "lift_noise",
     "register",
 ]
+
+warn_if_shadowed()

@@ -16,7 +16,15 @@ from ppl.backend import Backend, infer
 from ppl.errors import OptionError, PilotlightError
 from ppl.posterior import Posterior
 from ppl.program import Program
-from ppl.scores import Reference, ReferenceSource, cost_scores, own_scores, reference_scores, truth_scores
+from ppl.scores import (
+    Reference,
+    ReferenceSource,
+    cost_scores,
+    own_scores,
+    reference_scores,
+    residual_score,
+    truth_scores,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -49,18 +57,21 @@ COLUMNS = (
     ),
     Column("mean_error", "mean error", "|mean - exact mean| in units of the exact spread", ".3f"),
     Column("variance_ratio", "variance", "total variance over the exact one: 1 is right, less is too sure", ".2f"),
+    Column(
+        "residual", "residual", "root mean square of (data - mean) / sd, of draws: about 1; less fits the noise", ".2f"
+    ),
     Column("rmse", "RMSE", "root mean square distance of the posterior mean from the truth", ".3f"),
     Column(
         "spread_error", "spread / error", "posterior spread over the error of the mean: about 1 when calibrated", ".2f"
     ),
     Column("coverage_90", "inside 90 %", "share of the true numbers inside the central 90 % interval", ".0%"),
     Column("log_evidence", "log evidence", "log p(data), summed over problems", ".1f"),
-    Column("log_evidence_stderr", "+-", "standard error of the log evidence", ".2g"),
+    Column("log_evidence_stderr", "± s.e.", "standard error of the log evidence", ".2g"),
     Column("elbo", "ELBO", "evidence lower bound, summed over problems", ".1f"),
     Column("k_hat", "k-hat", "tail index of the importance weights: above 0.7 the guide misses mass", ".2f"),
     Column("notes", "notes", "", ""),
 )
-NEVER = ("distance", "mean_error", "variance_ratio")
+LITTLE = 0.1  # ESS per draw that is worth a note
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Comparison:
         program: the program they ran on.
         rows: one per backend, in the order asked for.
         truth: true values by site, where known.
-        draws: asked for, per chain.
+        draws: asked for per chain, by name.
         seed: of every backend.
         complete: False after Ctrl-C.
     """
@@ -116,7 +127,7 @@ class Comparison:
     program: Program
     rows: tuple[Row, ...]
     truth: Mapping[str, Tensor]
-    draws: int
+    draws: Mapping[str, int]
     seed: int
     complete: bool = True
 
@@ -209,7 +220,7 @@ def file_name(name: str) -> str:
 def compare(
     program: Program,
     backends: Mapping[str, Backend | Posterior],
-    draws: int = 1000,
+    draws: int | Mapping[str, int] = 1000,
     *,
     chains: int | None = None,
     seed: int = 0,
@@ -222,7 +233,7 @@ def compare(
     Args:
         program: the model and its data; `program.over(...)` for many problems.
         backends: by name; a posterior that is already there takes part without a run.
-        draws: per chain.
+        draws: per chain; by name where backends differ.
         chains: independent runs; each backend's own default when `None`.
         seed: of every backend.
         truth: true values by latent site, (*shape) or (problem, *shape).
@@ -253,8 +264,11 @@ def compare(
     unknown = set(truth) - set(program.sites) - set(program.deterministic)
     if unknown:
         raise OptionError(f"truth has the sites {sorted(unknown)}, which the program does not have: {program}")
+    asked = dict.fromkeys(backends, draws) if isinstance(draws, int) else dict(draws)
+    if set(asked) != set(backends):
+        raise OptionError(f"draws are given for {sorted(asked)}, the backends are {sorted(backends)}")
     generator = torch.Generator().manual_seed(seed)
-    judges = None if reference is None else Reference.of(reference, program, draws, generator)
+    judges = None if reference is None else Reference.of(reference, program, max(asked.values()), generator)
     rows: list[Row] = []
     interrupted = False
     for name, backend in backends.items():
@@ -263,12 +277,12 @@ def compare(
             continue
         if progress:
             _heading(name)
-        row, interrupted = _row(name, backend, program, draws, chains, seed, progress)
+        row, interrupted = _row(name, backend, program, asked[name], chains, seed, progress)
         if row.posterior is not None:
             judge = torch.Generator().manual_seed(seed)
-            row = _judged(row, row.posterior, list(program.latents), truth, judges, judge)
+            row = _judged(row, row.posterior, program, truth, judges, judge)
         rows.append(row)
-    return Comparison(program, tuple(rows), truth, draws, seed, complete=not interrupted)
+    return Comparison(program, tuple(rows), truth, asked, seed, complete=not interrupted)
 
 
 def _row(
@@ -310,7 +324,7 @@ def _if_backend(backend: Any) -> Backend | None:
 def _judged(
     row: Row,
     posterior: Posterior,
-    sites: list[str],
+    program: Program,
     truth: Mapping[str, Tensor],
     reference: Reference | None,
     generator: torch.Generator,
@@ -319,13 +333,16 @@ def _judged(
     exact = row.backend.exact if row.backend is not None else str(posterior.attrs.get("exact", "in_the_limit"))
     figures, notes = cost_scores(posterior), list(row.notes)
     if len(posterior):
-        figures |= own_scores(posterior, exact, [n for n in sites if n in posterior])
+        figures |= own_scores(posterior, exact, [n for n in program.latents if n in posterior])
+        figures |= residual_score(posterior, program, generator)
         if truth:
             figures |= truth_scores(posterior, truth, generator)
         if reference is not None:
             figures |= reference_scores(posterior, reference, generator)
     if figures.get("r_hat", 0.0) > 1.01 and not any("R-hat" in note for note in notes):
         notes.append(f"R-hat is {figures['r_hat']:.2f}: the chains disagree, so the draws do not show the posterior")
+    if figures.get("ess", math.inf) < LITTLE * len(posterior):
+        notes.append(f"{len(posterior)} draws are worth about {figures['ess']:.0f} independent ones")
     return Row(row.name, row.backend, posterior, row.error, figures, tuple(notes))
 
 

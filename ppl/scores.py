@@ -7,17 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from ppl.diagnostics import inside_central, ranks, sliced_over_floor
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import OptionError, PilotlightError, ShapeError
 from ppl.posterior import Posterior
+from ppl.trace import unwrap
 
 if TYPE_CHECKING:
     from ppl.program import Program
 
-__all__ = ["Reference", "ReferenceSource", "cost_scores", "own_scores", "reference_scores", "truth_scores"]
+__all__ = [
+    "Reference",
+    "ReferenceSource",
+    "cost_scores",
+    "mean_and_sd",
+    "own_scores",
+    "reference_scores",
+    "residual_score",
+    "truth_scores",
+]
 
 ReferenceSource = Posterior | Mapping[str, Tensor] | Tensor | Callable[[int, torch.Generator], Any]
 
@@ -159,6 +170,42 @@ def _statistic(posterior: Posterior, sites: Sequence[str], name: Any, worst: Cal
     if not by_problem:
         return NAN
     return sum(worst(column) for column in zip(*by_problem, strict=True)) / len(by_problem[0])
+
+
+def mean_and_sd(trace: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of each observed site of a trace; for `Program.batched`."""
+    nodes = {n: node for n, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]}
+    return {
+        n: (node["fn"].mean.expand(node["value"].shape), node["fn"].stddev.expand(node["value"].shape))
+        for n, node in nodes.items()
+        if getattr(node["fn"], "event_shape", None) is not None and not isinstance(unwrap(node["fn"]), dist.Unit)
+    }
+
+
+def residual_score(posterior: Posterior, program: Program, generator: torch.Generator) -> dict[str, float]:
+    """Root mean square of (y - mean) / sd over all data, for single draws: about one for draws that fit and no more."""
+    if any(n not in posterior for n in program.latents) or program.subsampled:
+        return {}
+    problems, n = posterior.problems or 1, min(len(posterior), ENTRIES)
+    if problems != (program.problems or 1):
+        return {}
+    state = generator.get_state()
+    values = {}
+    for name in program.latents:  # equal states keep the joint law of the sites
+        generator.set_state(state)
+        values[name] = posterior.sample(name, n, generator).reshape(problems * n, *program.sites[name].shape)
+    try:
+        with torch.no_grad():
+            seen = program.batched(mean_and_sd)(values)
+    except (PilotlightError, NotImplementedError, RuntimeError, AttributeError):
+        return {}  # the data have no mean, as with a factor or an unusual distribution
+    total, count = 0.0, 0
+    for name, (mean, sd) in seen.items():
+        y = program.observed_data()[name].to(mean)
+        y = y.repeat_interleave(n, 0) if y.ndim == mean.ndim else y
+        z = ((y - mean) / sd).double()
+        total, count = total + float(z.square().sum()), count + z.numel()
+    return {"residual": math.sqrt(total / count)} if count and math.isfinite(total) else {}
 
 
 def reference_scores(posterior: Posterior, reference: Reference, generator: torch.Generator) -> dict[str, float]:

@@ -46,10 +46,13 @@ def write_figure(comparison: Comparison, path: str | Path, draws: int = 4, site:
     # Backends side by side below each other, problems next to each other: the picture is as wide as a page.
     columns = 2 + draws
     figure, axes = plt.subplots(
-        len(found) + 1,
+        len(found) + 2,  # a thin empty row below the truth makes room for headings
         problems * columns + (problems - 1),
-        figsize=(0.95 * (problems * columns + 0.5 * (problems - 1)) + 1.3, 1.0 * (len(found) + 1) + 0.3),
-        gridspec_kw={"width_ratios": ([1.0] * columns + [0.35]) * (problems - 1) + [1.0] * columns},
+        figsize=(0.95 * (problems * columns + 0.5 * (problems - 1)) + 1.3, 1.0 * (len(found) + 1) + 0.5),
+        gridspec_kw={
+            "width_ratios": ([1.0] * columns + [0.35]) * (problems - 1) + [1.0] * columns,
+            "height_ratios": [1.0, 0.12, *([1.0] * len(found))],
+        },
         squeeze=False,
     )
     for axis in axes.flat:
@@ -78,8 +81,8 @@ def write_figure(comparison: Comparison, path: str | Path, draws: int = 4, site:
             show(axes[0, start], truth[problem], "truth")
         if data is not None:
             show(axes[0, start + 1], data[problem], "data")
-        for row, (name, p) in enumerate(found.items(), start=1):
-            head = row == 1
+        for row, (name, p) in enumerate(found.items(), start=2):
+            head = row == 2
             show(axes[row, start], p.mean[problem], "mean" if head else None)
             show(axes[row, start + 1], p.sd[problem], "sd" if head else None, sd=True)
             for i in range(min(draws, p.draws.shape[1])):

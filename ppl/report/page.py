@@ -90,7 +90,7 @@ def _section(section: Section) -> str:
 def table_html(comparison: Comparison) -> str:
     """The table of figures, with the meaning of each column below it."""
     columns = [c for c in comparison.columns if c.key != "notes"]
-    head = "".join(f'<th title="{escape(c.meaning)}">{escape(c.head)}</th>' for c in columns)
+    head = "".join(f'<th class="{c.key}" title="{escape(c.meaning)}">{escape(c.head)}</th>' for c in columns)
     rows = []
     for row in comparison.rows:
         if row.error and row.posterior is None:
@@ -132,8 +132,8 @@ def _images(comparison: Comparison, site: str) -> str:
         f'<p class="key">Images from {low:g} (black) to {high:g} (white). '
         f'Standard deviation from 0 <span class="bar sd"></span> {spread:.2g}. '
         f'Residual of the mean from &minus;{RESIDUAL:g} <span class="bar residual"></span> +{RESIDUAL:g} standard '
-        "deviations of the noise; a pattern in it is structure that the mean misses. Hatched pixels were not "
-        "measured.</p>"
+        "deviations of the noise: a pattern is structure that the mean misses, blank is a mean that fits the noise as "
+        "well. Hatched pixels were not measured.</p>"
     )
     return f"<h3>{escape(site)}</h3>{key}<div class='scroll'>{''.join(blocks)}</div>"
 
@@ -254,5 +254,6 @@ def _options(comparison: Comparison) -> str:
         given = "a posterior given by the caller" if row.posterior is not None else "no backend"
         options = given if row.backend is None else escape(repr(row.backend))
         items.append(f"<li><b>{escape(row.name)}</b>{cost}<br><code>{options}</code></li>")
-    chosen = f"{comparison.draws} draws per chain, seed {comparison.seed}"
+    sizes = sorted(set(comparison.draws.values()))
+    chosen = f"{' or '.join(map(str, sizes))} draws per chain, seed {comparison.seed}"
     return f"<details><summary>Cost and options ({chosen})</summary><ul>{''.join(items)}</ul></details>"

@@ -31,8 +31,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } 
 table.figures { border-collapse: collapse; margin: 1rem 0 .6rem; font-variant-numeric: tabular-nums; font-size: .9rem; }
 table.figures th, table.figures td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: bottom; }
-table.figures thead th { color: var(--soft); font-weight: 500; }
-table.figures tbody th, table.figures td.exact, table.figures td.error { text-align: left; white-space: nowrap; }
+table.figures thead th { white-space: nowrap; color: var(--soft); font-weight: 500; }
+table.figures tbody th, table.figures .exact, table.figures td.error { text-align: left; white-space: nowrap; }
 table.figures td.error { white-space: normal; }
 table.figures tbody th { font-weight: 600; padding-left: 0; }
 .problem { display: flex; gap: 1.4rem; align-items: flex-start; margin: .8rem 0 1.6rem; }

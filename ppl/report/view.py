@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ppl.errors import PilotlightError
+from ppl.scores import mean_and_sd
 from ppl.trace import unwrap
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _residual(program: Program, site: str, point: Mapping[str, Tensor]) -> tuple
     x = point[site].detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
-            mean, sd = program.batched(_mean_and_sd)({**point, site: x})[observed]
+            mean, sd = program.batched(mean_and_sd)({**point, site: x})[observed]
             y = program.observed_data()[observed].to(mean).expand_as(mean)
             r = ((y - mean) / sd).detach()
             if mean.shape == x.shape:
@@ -134,13 +135,3 @@ def _residual(program: Program, site: str, point: Mapping[str, Tensor]) -> tuple
         return None
     hidden = pull[2] == 0
     return pull[0].masked_fill(hidden, torch.nan), pull[1].masked_fill(hidden, torch.nan)
-
-
-def _mean_and_sd(trace: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of each observed site."""
-    out = {}
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and node["is_observed"] and hasattr(node["fn"], "base_dist"):
-            shape = node["value"].shape
-            out[name] = (node["fn"].mean.expand(shape), node["fn"].stddev.expand(shape))
-    return out
