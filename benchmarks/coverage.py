@@ -28,8 +28,8 @@ from ppl.diagnostics import central_coverage, ranks
 from sde import DiffusionPrior
 from sde.solvers import DPMSolver2MSDE
 
-STEPS, PARTICLES, RUNS, DRAWS = 25, 256, 2, 512
-SEEN, SIGMA, PROJECTIONS = 16, 0.5, 20
+STEPS, PARTICLES, RUNS, DRAWS = 25, 256, 4, 256
+SEEN, SIGMA, PROJECTIONS = 8, 0.7, 20
 
 
 def backend() -> inverse.TwistedSMC:
@@ -46,7 +46,7 @@ def prior() -> DiffusionPrior:
 
 
 def solve(index: int, source: str, prior: DiffusionPrior, held_out: Tensor | None = None) -> dict[str, Any]:
-    """One problem: 16 random pixels under noise 0.5; ranks of random projections of the 48 hidden ones.
+    """One problem: 8 random pixels under noise 0.7; ranks of random projections of the 56 hidden ones.
 
     Args:
         index: of the problem; seeds its truth, mask, noise and directions.
