@@ -77,6 +77,8 @@ class FlatDensity:
     def log_density(self, z: Tensor, subsample: Mapping[str, Tensor] | None = None) -> Tensor:
         """Log density with Jacobians: (lanes, dim) -> (lanes,)."""
         self._check(z)
+        if not len(z):
+            return z.new_zeros(0)
         with torch.no_grad():
             lane, log_noise = self._lane(z)
             return self._density(lane)(lane, self._shared(subsample)) + log_noise
@@ -149,7 +151,10 @@ class FlatDensity:
         with torch.no_grad():
             # Lanes of many problems are problem-major, so that a chunk would cut across problems.
             size = LANES_AT_ONCE if self.program.problems is None else max(len(z), 1)
-            chunks = [self._constrain(part, subsample) for part in (z.split(size) if len(z) else [z])]
+            if not len(z):
+                one = self._constrain(z.new_zeros(self.program.problems or 1, self.dim), subsample)
+                return {n: v[:0] for n, v in one.items()}
+            chunks = [self._constrain(part, subsample) for part in z.split(size)]
         return {n: torch.cat([c[n] for c in chunks]) for n in chunks[0]}
 
     def _constrain(self, z: Tensor, subsample: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -165,7 +170,7 @@ class FlatDensity:
                 for n, node in trace.nodes.items()
                 if node["type"] == "sample"
                 and n not in built
-                and (n in self.layout.leaves or node["value"].shape == shapes.get(n))
+                and (n in self.layout.leaves or (n in shapes and node["value"].shape == shapes[n]))
             }
 
         function = self.program._function(("constrain", self.program.lifted), one, lane)

@@ -153,7 +153,7 @@ class LaneFunction:
 
     def _args(self, lane: Inputs, shared: Inputs) -> list[Tensor]:
         args = [lane[n] for n in self._lane_names] + [shared[n] for n in self._shared_names]
-        return [a.detach() for a in args]
+        return [a.detach() if a.requires_grad else a for a in args]
 
     def _lanes(self, lane: Inputs) -> int:
         return int(lane[self._lane_names[0]].shape[0]) if self._lane_names else 1
@@ -287,7 +287,7 @@ class LaneFunction:
             # Writes such as `out[t] = x`: traced again without them, so that they can be vmapped and have gradients.
             with suppress(Exception):
                 graph = functional(make_fx(torch.func.functionalize(self._flat, remove="mutations"))(*args))
-        graph = simplify(no_raise(pin_types(graph)))
+        graph = simplify(no_raise(pin_types(graph)), keep_detach=True)
         for node in graph.graph.nodes:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:

@@ -32,8 +32,12 @@ _FILLED: dict[Any, Callable[[fx.Node], Any]] = {
 }
 
 
-def simplify(module: fx.GraphModule) -> fx.GraphModule:
+def simplify(module: fx.GraphModule, keep_detach: bool = False) -> fx.GraphModule:
     """The same function with fewer nodes; in place. Graphs that write in place are left as they are.
+
+    Args:
+        module: the graph.
+        keep_detach: whether the graph will be differentiated, so that `detach` has a meaning.
 
     Example:
         >>> from torch.fx.experimental.proxy_tensor import make_fx
@@ -52,7 +56,7 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
                 break
             size = len(module.graph.nodes)
             _fold(module)
-            _peephole(module)
+            _peephole(module, keep_detach)
             _share_attributes(module)
             module.graph = fx_graph_cse(module.graph)
             module.graph.eliminate_dead_code()
@@ -200,7 +204,7 @@ def _select_scatter(module: fx.GraphModule, node: fx.Node) -> fx.Node:
 def _slice_scatter(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     graph, value = module.graph, node.meta["val"]
     given = _arguments(node)
-    base, source, axis, start, end, step = (*given, *(0, None, None, 1)[len(given) - 2 :])
+    base, source, axis, start, end, step = given + (0, None, None, 1)[len(given) - 2 :]
     size = value.shape[axis]
     start, end, _ = slice(start, end).indices(size)
     if step == 1:
@@ -246,10 +250,12 @@ def _kind(value: Any) -> Any:
     return value.shape, value.dtype, value.device
 
 
-def _peephole(module: fx.GraphModule) -> None:
+def _peephole(module: fx.GraphModule, keep_detach: bool) -> None:
     """Replace single nodes by their input where they do nothing, and chains of reshapes by the last."""
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not node.users:
+            continue
+        if keep_detach and node.target is aten.detach.default:
             continue
         kind = _kind(node)
         same = _unchanged(module, node, kind)

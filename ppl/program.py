@@ -591,6 +591,10 @@ class Program:
         missing = [n for n, s in self.latents.items() if n not in values and not s.discrete]
         if missing:
             raise ProgramError(f"values for the latent sites {missing} are missing; got {list(values)}")
+        noise = {f"{n}_noise" for n in self.lifted}
+        unknown = [n for n in values if n not in self.sites and n not in self.deterministic and n not in noise]
+        if unknown:
+            raise ProgramError(f"the program has no site {unknown[0]!r}; its sites are {list(self.sites)}")
         enumerated = tuple(n for n in self.discrete if n not in values)
 
         def one(lane: Values, shared: Values) -> Tensor:
@@ -662,9 +666,12 @@ class Program:
             noise = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
             if name == "z":
                 return value + noise - 0.5
-            return value * (
-                1 + 0.02 * (noise - 0.5)
-            )  # keeps signs, and zeros, and stays in intervals but for their ends
+            site = self.sites.get(name.removeprefix("data."))
+            support = getattr(site.support, "base_constraint", site.support) if site is not None else None
+            if isinstance(support, type(torch.distributions.constraints.real)):
+                return value + 0.05 * (noise - 0.5) * (1 + value.abs())
+            # Keeps signs and zeros, and stays in intervals but for their ends.
+            return value * (1 + 0.02 * (noise - 0.5))
 
         return {n: shake(n, v) for n, v in lane.items()}, {n: shake(n, v) for n, v in shared.items()}
 

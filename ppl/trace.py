@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -279,8 +279,28 @@ def run_model(
     if run.enumerate_:
         enum = pyro.poutine.enum(first_available_dim=-1 - nesting)
         target = enum(pyro.infer.config_enumerate(model, default="parallel"))
-    trace = pyro.poutine.trace(setter(target)).get_trace(*args, **kwargs)
+    with _module_weights() if any("$$$" in name for name in run.params) else nullcontext():
+        trace = pyro.poutine.trace(setter(target)).get_trace(*args, **kwargs)
     return trace, setter
+
+
+@contextmanager
+def _module_weights() -> Iterator[None]:
+    """While a model runs, `pyro.module` puts the values of its parameters into the module; taken out again after."""
+    original = pyro.module
+    saved: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+
+    def module(name: str, nn_module: torch.nn.Module, update_module_params: bool = False) -> torch.nn.Module:
+        saved.extend((part, dict(part._parameters)) for part in nn_module.modules())
+        return original(name, nn_module, update_module_params=True)
+
+    pyro.module = pyro.primitives.module = module
+    try:
+        yield
+    finally:
+        pyro.module = pyro.primitives.module = original
+        for part, parameters in reversed(saved):
+            part._parameters.update(parameters)
 
 
 def log_prob_of(trace: Any, names: Callable[[Any], bool], *, enumerated: bool, nesting: int) -> Tensor:

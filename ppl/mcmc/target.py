@@ -64,7 +64,7 @@ def posterior_of(
     for block in z.split(step) if len(z) else [z]:
         # (draw, lanes) -> lanes first: chains, or problems and chains, with their draws behind.
         rows = block.transpose(0, 1).reshape(-1, block.shape[-1])
-        values = flat.constrain(rows) if len(rows) else _empty(program, flat, rows)
+        values = flat.constrain(rows)
         sizes = (*lead[:-1], z.shape[1] // (problems or 1), len(block))
         parts.append({n: v.reshape(*sizes, *v.shape[1:]) for n, v in values.items()})
     axis = len(lead)
@@ -83,9 +83,3 @@ def posterior_of(
     if r_hat is not None:
         out["r_hat"] = r_hat
     return Posterior(draws=draws, info=out, parameters=dict(program.parameters), attrs=attrs)
-
-
-def _empty(program: Program, flat: FlatDensity, rows: Tensor) -> dict[str, Tensor]:
-    """Values of no draws at all: the shapes of the sites with a zero in front."""
-    one = flat.constrain(rows.new_zeros(program.problems or 1, flat.dim))
-    return {n: v[:0] for n, v in one.items()}
