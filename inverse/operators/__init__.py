@@ -13,6 +13,7 @@ from inverse.operators.downsample import Downsample
 from inverse.operators.fourier import FourierMask
 from inverse.operators.linear_solve import ConvergenceError, Solution, conjugate_gradient
 from inverse.operators.mask import Diagonal, Identity, Mask
+from inverse.operators.radon import Radon
 
 __all__ = [
     "SVD",
@@ -30,6 +31,7 @@ __all__ = [
     "LinearOperator",
     "Mask",
     "MotionBlur",
+    "Radon",
     "Scaled",
     "Solution",
     "Stack",

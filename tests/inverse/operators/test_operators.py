@@ -81,6 +81,8 @@ def members() -> dict[str, ops.LinearOperator]:
         "stack_diagonal": ops.stack(mask, 2.0 * ops.Identity(image)),
         "function": ops.FunctionOperator(lambda x: x.cumsum(-1)[..., 1:], (4,), linear=True),
         "function_batched": ops.FunctionOperator(lambda x: x.diff(dim=-1), (2, 3), linear=True, batched=True),
+        "radon": ops.Radon([0.0, 33.0, 90.0], (4, 5)),
+        "radon_narrow": ops.Radon(4, (2, 3, 3), detectors=3, spacing=0.7),
         "by_products": ByProducts(randn(3, 6)),
         "by_products_deficient": ByProducts(randn(5, 2) @ randn(2, 4, seed=2)),
     }
