@@ -174,12 +174,14 @@ def _statistic(posterior: Posterior, sites: Sequence[str], name: Any, worst: Cal
 
 def mean_and_sd(trace: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each observed site of a trace; for `Program.batched`."""
-    nodes = {n: node for n, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]}
-    return {
-        n: (node["fn"].mean.expand(node["value"].shape), node["fn"].stddev.expand(node["value"].shape))
-        for n, node in nodes.items()
-        if getattr(node["fn"], "event_shape", None) is not None and not isinstance(unwrap(node["fn"]), dist.Unit)
-    }
+    found = {}
+    for name, node in trace.nodes.items():
+        # Deterministic sites and factors count as observed in Pyro, but hold no data.
+        if node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic", False):
+            fn, shape = node["fn"], node["value"].shape
+            if hasattr(fn, "event_shape") and not isinstance(unwrap(fn), dist.Unit):
+                found[name] = (fn.mean.expand(shape), fn.stddev.expand(shape))
+    return found
 
 
 def residual_score(posterior: Posterior, program: Program, generator: torch.Generator) -> dict[str, float]:
