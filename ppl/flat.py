@@ -100,7 +100,7 @@ class FlatDensity:
         z = z.detach()
         wrt = tuple(f"param.{n}" for n in params or {})
         if not self._outside:
-            lane = self.program._with_lane_args({"z": z})
+            lane = self.program.lane_inputs({"z": z})
             function = self._density(lane)
             value, grads = function.value_and_grad(lane, self._shared(subsample, params), ("z", *wrt))
             return value, grads["z"], {n: grads[f"param.{n}"] for n in params or {}}
@@ -164,7 +164,7 @@ class FlatDensity:
         shapes = self.program.deterministic
 
         def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            trace, _ = self.program._trace(lane, shared, self._run(lane))
+            trace, _ = self.program.trace_one(lane, shared, self._run(lane))
             return {
                 n: node["value"]
                 for n, node in trace.nodes.items()
@@ -173,7 +173,7 @@ class FlatDensity:
                 and (n in self.layout.leaves or (n in shapes and node["value"].shape == shapes[n]))
             }
 
-        function = self.program._function(("constrain", self.program.lifted), one, lane)
+        function = self.program.lane_function(("constrain", self.program.lifted), one, lane)
         out = dict(function(lane, self._shared(subsample)))
         for leaf in self.layout.leaves.values():
             if leaf.noise:
@@ -195,13 +195,13 @@ class FlatDensity:
 
         def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
             run = Run(values={n: lane[n] for n in (*own, *lifted)}, layout=self.layout)
-            return self.program._trace(lane, shared, run)[1].unconstrained
+            return self.program.trace_one(lane, shared, run)[1].unconstrained
 
         out: dict[str, Tensor] = dict(noise)
         if own:
-            function = self.program._function(("ravel", self.program.lifted), one, lane)
-            lane = self.program._with_lane_args(lane)
-            out |= function(lane, self.program._shared())
+            function = self.program.lane_function(("ravel", self.program.lifted), one, lane)
+            lane = self.program.lane_inputs(lane)
+            out |= function(lane, self.program.shared_inputs())
         return torch.cat([out[n].reshape(rows, -1) for n in self.layout.leaves], dim=1)
 
     def initial(self, lanes: int, generator: torch.Generator, radius: float = 2.0) -> Tensor:
@@ -249,22 +249,22 @@ class FlatDensity:
             noise = z[:, leaf.start : leaf.stop]
             lane[leaf.site] = self._build(leaf, noise)
             log_noise = log_noise - 0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
-        return self.program._with_lane_args(lane), log_noise
+        return self.program.lane_inputs(lane), log_noise
 
     def _density(self, lane: Mapping[str, Tensor]) -> LaneFunction:
         enumerated = bool(self.program.discrete)
 
         def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-            trace, setter = self.program._trace(lane, shared, self._run(lane))
+            trace, setter = self.program.trace_one(lane, shared, self._run(lane))
             scored = log_prob_of(trace, lambda node: True, enumerated=enumerated, nesting=self.program.nesting)
             return scored + setter.log_jacobian
 
-        return self.program._function(("flat", self.program.lifted), one, lane)
+        return self.program.lane_function(("flat", self.program.lifted), one, lane)
 
     def _shared(
         self, subsample: Mapping[str, Tensor] | None = None, params: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        return self.program._shared(subsample, params)
+        return self.program.shared_inputs(subsample, params)
 
     def _run(self, lane: Mapping[str, Tensor]) -> Run:
         """Settings of one run of the model from the graph inputs of one draw."""

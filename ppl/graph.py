@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl.errors import TraceError
+from ppl.lower import Split, native, split_shared
 from ppl.passes import functional, no_raise, out_of_place, pin_types, simplify
 
 __all__ = ["Batching", "Compile", "Inputs", "LaneFunction"]
@@ -41,6 +42,7 @@ class _Runner:
     kind: str = "vmap"
     uses: int = 0
     nodes: int = 0
+    graph: fx.GraphModule | None = None
 
 
 class LaneFunction:
@@ -207,8 +209,13 @@ class LaneFunction:
             return
         try:
             graph = simplify(make_fx(runner.call)(*args))
+            parts = split_shared(graph, len(self._lane_names)) if self._lane_names else None
+            if parts is None:
+                call: Callable[..., Sequence[Tensor]] = native(graph)
+            else:
+                call = Split(native(parts[0]), native(parts[1]), len(self._lane_names))
             with torch.no_grad():
-                pairs = list(zip(graph(*args), runner.call(*args), strict=True))
+                pairs = list(zip(call(*args), runner.call(*args), strict=True))
         except Exception:
             runner.kind = "vmap-only"  # slower, never wrong
             return
@@ -216,7 +223,8 @@ class LaneFunction:
             self.notes.append("the graph of many draws disagreed with that of one and is not used")
             runner.kind = "vmap-only"
             return
-        runner.call, runner.kind, runner.nodes = graph, "graph", len(graph.graph.nodes)
+        runner.graph = graph if parts is None else parts[1]
+        runner.call, runner.kind, runner.nodes = call, "graph", len(runner.graph.graph.nodes)
 
     def _worth_compiling(self, runner: _Runner, args: list[Tensor], calls: int) -> bool:
         """Whether the calls to come repay the compiler: about 6 s and 4 ms a node, for a call many times faster."""
@@ -234,21 +242,23 @@ class LaneFunction:
         return 0.7 * per_call * calls > 6 + 0.004 * runner.nodes
 
     def _inductor(self, runner: _Runner, args: list[Tensor]) -> None:
-        if runner.kind != "graph":
+        if runner.kind != "graph" or runner.graph is None:
             return
-        assert isinstance(runner.call, fx.GraphModule)
         try:
             from torch._inductor.compile_fx import compile_fx
 
+            split = runner.call if isinstance(runner.call, Split) else None
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled: Any = compile_fx(runner.call, args)
-                out, expected = compiled(*args), runner.call(*args)
+                every = args if split is None else [*args, *split.results(args[split.lanes :])]
+                compiled: Any = compile_fx(runner.graph, every)
+                out, expected = compiled(*every), runner.call(*args)
             tolerance = 1e-9 if out[0].dtype == torch.float64 else 1e-3
             if not all(_close(a, b, tolerance) for a, b in zip(out, expected, strict=True)):
                 self.notes.append("the compiled graph disagreed with the graph and is not used")
                 return
-            runner.call, runner.kind = compiled, "inductor"
+            runner.call = compiled if split is None else Split(split.once, compiled, split.lanes)
+            runner.kind = "inductor"
         except Exception as error:  # no C++ compiler, an operator without lowering
             self.notes.append(f"not compiled: {type(error).__name__}: {str(error)[:200]}")
 

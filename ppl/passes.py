@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ppl.arithmetic import shorten
+
 __all__ = ["functional", "no_raise", "out_of_place", "pin_types", "simplify"]
 
 FOLD_NUMEL = 200_000  # larger constants stay computed: storing them would cost more than it saves
@@ -57,6 +59,7 @@ def simplify(module: fx.GraphModule, keep_detach: bool = False) -> fx.GraphModul
             size = len(module.graph.nodes)
             _fold(module)
             _peephole(module, keep_detach)
+            shorten(module)
             _share_attributes(module)
             module.graph = fx_graph_cse(module.graph)
             module.graph.eliminate_dead_code()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import pyro.distributions as dist
@@ -20,8 +18,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ppl.arguments import Arguments
+from ppl.check import findings
 from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
+from ppl.simulate import predict, simulate
 from ppl.trace import (
     Run,
     Site,
@@ -31,31 +32,21 @@ from ppl.trace import (
     log_prob_of,
     read_sites,
     run_model,
+    same_distribution,
+    seeded,
     settings,
-    unwrap,
+    with_static,
 )
 
 if TYPE_CHECKING:
     from ppl.flat import FlatDensity
     from ppl.posterior import Posterior
 
-__all__ = ["Program", "seeded"]
+__all__ = ["Program"]
 
 FIRST_TRIES = 5  # prior draws with which the model may fail before it is refused
 
 Values = Mapping[str, Tensor]
-
-
-@contextmanager
-def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Run Pyro's own draws under a fork of the global generator, seeded from `generator`."""
-    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-    devices = [generator.device] if generator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed(seed)
-        yield
 
 
 class Program:
@@ -113,7 +104,7 @@ class Program:
         self._lane_args: frozenset[str] = frozenset()
         self._single_functions: dict[Any, LaneFunction] = {}
         self.sites: dict[str, Site] = {}
-        self._bind(args, kwargs)
+        self._arguments = Arguments.of(model, args, kwargs)
         self._read()
 
     # Facts -----------------------------------------------------------------------------------------------------------
@@ -163,7 +154,7 @@ class Program:
         digest = hashlib.sha256()
         for name, site in self.sites.items():
             digest.update(f"{name}{tuple(site.shape)}{site.observed}{site.plates}".encode())
-        for name, value in {**self._shared(), **self._stacked}.items():
+        for name, value in {**self.shared_inputs(), **self._stacked}.items():
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -212,12 +203,12 @@ class Program:
         key = ("batched", id(extract))
 
         def one(lane: Values, shared: Values) -> Any:
-            return extract(self._trace(lane, shared, Run(values=lane, unscored=frozenset(lane)))[0])
+            return extract(self.trace_one(lane, shared, Run(values=lane, unscored=frozenset(lane)))[0])
 
         def run(values: Values) -> Any:
             lanes, lane = self._lanes(values)
-            function = self._function(key, one, lane, keep=extract)
-            out = function(self._with_lane_args(lane), self._shared())
+            function = self.lane_function(key, one, lane, keep=extract)
+            out = function(self.lane_inputs(lane), self.shared_inputs())
             return pytree.tree_map(lambda t: t.reshape(*lanes, *t.shape[1:]), out)
 
         return run
@@ -244,20 +235,7 @@ class Program:
         Returns:
             Site -> (size, *shape), latent, observed and deterministic sites.
         """
-        values: dict[str, Tensor] = {}
-        rows = 1 if size is None else size
-        with seeded(generator), torch.no_grad():
-            for site in self.latents.values():
-                if site.static and "denoiser" in site.capabilities:  # one call of the network for all draws
-                    values[site.name] = site.distribution.sample((rows,))
-            draws = []
-            for i in range(rows):
-                run = Run(values={n: v[i] for n, v in values.items()}, predict=True)
-                trace, _ = self._trace({}, self._shared(), run)
-                draws.append(_values(trace))
-        if size is None:
-            return draws[0]
-        return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
+        return simulate(self, generator, size)
 
     def predict(self, posterior: Posterior, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw data, and deterministic values, given the latents of every posterior draw.
@@ -265,19 +243,7 @@ class Program:
         Returns:
             Site -> (chain, draw, *shape) for observed and deterministic sites.
         """
-        if self.problems is not None:
-            raise ProgramError("predict takes one problem at a time; use the program that `over` was called on")
-        generator = generator or torch.Generator(self.device).manual_seed(0)
-        draws = {n: v for n, v in posterior.draws.items() if n in self.latents or n in self.lifted}
-        lead = next(iter(draws.values())).shape[:2]
-        flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in draws.items()}
-        rows = []
-        with seeded(generator), torch.no_grad():
-            for i in range(lead[0] * lead[1]):
-                given = {n: v[i] for n, v in flat.items()}
-                trace, _ = self._trace({}, self._shared(), Run(values=given, predict=True))
-                rows.append({n: v for n, v in _values(trace).items() if n not in given})
-        return {n: torch.stack([r[n] for r in rows]).reshape(*lead, *rows[0][n].shape) for n in rows[0]}
+        return predict(self, posterior, generator)
 
     # Other programs --------------------------------------------------------------------------------------------------
 
@@ -288,8 +254,8 @@ class Program:
         """
         new = copy.copy(self)
         new._set_data(data)
-        same = [(v.shape, v.dtype, v.device) for v in new._shared().values()] == [
-            (v.shape, v.dtype, v.device) for v in self._shared().values()
+        same = [(v.shape, v.dtype, v.device) for v in new.shared_inputs().values()] == [
+            (v.shape, v.dtype, v.device) for v in self.shared_inputs().values()
         ]
         new._read()
         if not same or [s.shape for s in new.sites.values()] != [s.shape for s in self.sites.values()]:
@@ -317,13 +283,13 @@ class Program:
         new = copy.copy(first)
         new._functions = {}
         new.problems = next(iter(sizes.values()))
-        given = {n: first._fixed_value(s) for n, s in first.latents.items()}
+        given = {n: first.first_values[n] for n in first.latents}
         rows = []
         for i in range(new.problems):
             row = copy.copy(first)
             row._set_data({n: v[i] for n, v in data.items()})
             row._read(given)
-            rows.append(row._shared())
+            rows.append(row.shared_inputs())
         names = [n for n in rows[0] if not all(rows[0][n] is r[n] or torch.equal(rows[0][n], r[n]) for r in rows)]
         changed = {n.removeprefix("data.") for n in names}
         names += [f"data.{n}" for n in data if f"data.{n}" in rows[0] and n not in changed]
@@ -355,7 +321,7 @@ class Program:
 
         new = copy.copy(self)
         new._functions = {}
-        new._leaves = [move(leaf) for leaf in self._leaves]
+        new._arguments = self._arguments.map(move)
         new._overridden = {n: move(v) for n, v in self._overridden.items()}
         new.parameters = {n: move(v) for n, v in self.parameters.items()}
         new._replaced = dict(self._replaced)
@@ -402,84 +368,27 @@ class Program:
         Returns:
             One sentence for each finding; an empty list when nothing was found.
         """
-        generator = generator or torch.Generator(self.device).manual_seed(0)
-        findings = []
-        try:
-            predictive = self.simulate(generator, draws)
-        except Exception as error:  # improper priors cannot be simulated
-            return [f"the prior predictive cannot be simulated ({type(error).__name__}: {str(error)[:120]})"]
-        for name in self.observed:
-            data, draw = self.data[name].double(), predictive[name].double()
-            low, high = float(draw.min()), float(draw.max())
-            margin = high - low
-            outside = (data < low - margin) | (data > high + margin)
-            if bool(outside.any()):
-                findings.append(
-                    f"observed site {name!r}: {int(outside.sum())} of {data.numel()} data lie far outside the prior "
-                    f"predictive: data in [{float(data.min()):.4g}, {float(data.max()):.4g}], prior predictive in "
-                    f"[{low:.4g}, {high:.4g}]. Check units and data range, or widen the prior"
-                )
-        findings += self._unused()
-        return findings
-
-    def _unused(self) -> list[str]:
-        """Latent sites on which no observed density depends, by gradient at one point."""
-        latents = {n: s for n, s in self.latents.items() if not s.discrete}
-        values = {n: self._first_values[n].detach().clone().requires_grad_() for n in latents}
-        trace, _ = self._trace({}, self._shared(), Run(values=values))
-        total = log_prob_of(trace, lambda node: bool(node["is_observed"]), enumerated=False, nesting=0)
-        priors = {n: _prior_term(trace, n) for n in latents}
-        unused = []
-        for name, value in values.items():
-            rest = [total, *(p for n, p in priors.items() if n != name)]
-            if not any(_depends(term, value) for term in rest):
-                unused.append(f"latent site {name!r} is never used: neither the data nor another site depend on it")
-        return unused
+        return findings(self, generator or torch.Generator(self.device).manual_seed(0), draws)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Split the arguments into tensors, which are inputs of the graph, and constants."""
-        forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        try:
-            bound = inspect.signature(forward).bind(*args, **kwargs)
-        except TypeError as error:
-            raise ProgramError(f"the model cannot be called with the arguments given: {error}") from None
-        bound.apply_defaults()
-        self._names = {name: f"{name}" for name in bound.arguments}
-        self._call = bound
-        paths, spec = pytree.tree_flatten_with_path(dict(bound.arguments))
-        self._spec = spec
-        self._paths = [_dotted(path) for path, _ in paths]
-        self._leaves = [leaf for _, leaf in paths]
-
-    def _arguments(self, shared: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = [shared.get(f"arg.{p}", leaf) for p, leaf in zip(self._paths, self._leaves, strict=True)]
-        bound = copy.copy(self._call)
-        bound.arguments = pytree.tree_unflatten(leaves, self._spec)
-        return bound.args, bound.kwargs
-
     def _set_data(self, data: Mapping[str, Any]) -> None:
         """Replace arguments, or the data of observed sites, in place (on a copy)."""
-        self._leaves = list(self._leaves)
-        self._overridden = dict(self._overridden)
-        arguments = pytree.tree_unflatten(self._leaves, self._spec)
-        for name, value in data.items():
-            if name in arguments:
-                arguments[name] = value
-            elif name in self.observed:
-                self._overridden[name] = value
-            else:
+        arguments = {n: v for n, v in data.items() if n in self._arguments.names}
+        overridden = {n: v for n, v in data.items() if n not in arguments}
+        for name in overridden:
+            if name not in self.observed:
                 raise DataError(
-                    f"the program has no data named {name!r}; arguments: {list(arguments)}, observed sites: "
+                    f"the program has no data named {name!r}; arguments: {self._arguments.names}, observed sites: "
                     f"{list(self.observed)}"
                 )
-        paths, self._spec = pytree.tree_flatten_with_path(arguments)
-        self._paths, self._leaves = [_dotted(path) for path, _ in paths], [leaf for _, leaf in paths]
+        self._arguments = self._arguments.replace(arguments)
+        self._overridden = {**self._overridden, **overridden}
 
     def _read(self, given: Values | None = None, keep_dtype: bool = False) -> None:
         """Run the model once, validated, and read its sites; a second run tells which distributions are fixed."""
-        tensors = [leaf for leaf in [*self._leaves, *self._overridden.values()] if isinstance(leaf, Tensor)]
+        given_tensors = [*self._arguments.tensors().values(), *self._overridden.values()]
+        tensors = [t for t in given_tensors if isinstance(t, Tensor)]
         floating = [t.dtype for t in tensors if t.is_floating_point()]
         if not keep_dtype:
             dtype = floating[0] if floating else torch.get_default_dtype()
@@ -491,15 +400,15 @@ class Program:
         check_observations(trace)
         sites = read_sites(trace)
         if given is not None:
-            sites = {n: _with_static(s, self.sites[n].static) for n, s in sites.items()}
+            sites = {n: with_static(s, self.sites[n].static) for n, s in sites.items()}
         else:
             again = self._second_sites(trace, sites)
             sites = {
-                n: _with_static(s, n in again and _same(s.distribution, again[n].distribution))
+                n: with_static(s, n in again and same_distribution(s.distribution, again[n].distribution))
                 for n, s in sites.items()
             }
         self.sites = sites
-        self._first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
+        self.first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
         check_latents(sites, floating[0] if floating else None, self.device)
         self.data = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if s.observed}
         self.nesting = max((-f.dim for s in sites.values() for f in s.frames), default=0)
@@ -541,27 +450,24 @@ class Program:
         return read_sites(other)
 
     def _run_once(self, values: Values, seed: int, validate: bool) -> Any:
-        args, kwargs = self._arguments({})
+        args, kwargs = self._arguments.call({})
         run = Run(values=values, data=self._overridden, functions=self._replaced)
         generator = torch.Generator(self.device).manual_seed(seed)
         with seeded(generator), torch.no_grad(), settings(self.dtype, validate=validate):
             return run_model(self.model, args, kwargs, run)[0]
 
-    def _fixed_value(self, site: Site) -> Tensor:
-        return self._first_values[site.name]
-
-    def _shared(self, subsample: Mapping[str, Tensor] | None = None, params: Values | None = None) -> dict[str, Tensor]:
+    def shared_inputs(
+        self, subsample: Mapping[str, Tensor] | None = None, params: Values | None = None
+    ) -> dict[str, Tensor]:
         """Graph inputs that all draws share, without those that differ between problems."""
-        shared = {
-            f"arg.{p}": leaf for p, leaf in zip(self._paths, self._leaves, strict=True) if isinstance(leaf, Tensor)
-        }
+        shared = self._arguments.tensors()
         shared |= {f"data.{n}": v for n, v in self.data.items() if not self.sites[n].subsampled}
         shared |= {f"param.{n}": v for n, v in (params if params is not None else self.parameters).items()}
         indices = dict(self._default_indices) | dict(subsample or {})
         shared |= {f"index.{n}": v for n, v in indices.items()}
         return {n: v for n, v in shared.items() if n not in self._lane_args}
 
-    def _with_lane_args(self, lane: Values) -> dict[str, Tensor]:
+    def lane_inputs(self, lane: Values) -> dict[str, Tensor]:
         """Add the data of each problem to the inputs of its draws."""
         lane = dict(lane)
         if self.problems is not None:
@@ -572,14 +478,14 @@ class Program:
             lane |= {n: v.repeat_interleave(each, 0) if each != 1 else v for n, v in self._stacked.items()}
         return lane
 
-    def _trace(self, lane: Values, shared: Values, run: Run) -> Any:
+    def trace_one(self, lane: Values, shared: Values, run: Run) -> Any:
         """Run the model for one draw, with graph inputs put where they belong."""
         inputs = {**shared, **lane}
         run.data = {n.removeprefix("data."): v for n, v in inputs.items() if n.startswith("data.")}
         run.params = {n.removeprefix("param."): v for n, v in inputs.items() if n.startswith("param.")}
         run.indices = {n.removeprefix("index."): v for n, v in inputs.items() if n.startswith("index.")}
         run.functions, run.plates = self._replaced, self._sequential
-        args, kwargs = self._arguments(inputs)
+        args, kwargs = self._arguments.call(inputs)
 
         def visit(name: str) -> None:
             self._visited[0] = name
@@ -601,13 +507,13 @@ class Program:
             given = {n: lane[n] for n in lane if n in self.sites}
             unscored = frozenset(given) if kind == "likelihood" else frozenset()
             run = Run(values=given, unscored=unscored, enumerate_=bool(enumerated))
-            trace, _ = self._trace(lane, shared, run)
+            trace, _ = self.trace_one(lane, shared, run)
             wanted = (lambda node: node["is_observed"]) if kind == "likelihood" else (lambda node: True)
             return log_prob_of(trace, wanted, enumerated=bool(enumerated), nesting=self.nesting)
 
         lanes, lane = self._lanes({n: v for n, v in values.items() if n in self.latents})
-        function = self._function((kind, tuple(lane), enumerated), one, lane)
-        return function(self._with_lane_args(lane), self._shared(subsample)).reshape(lanes)
+        function = self.lane_function((kind, tuple(lane), enumerated), one, lane)
+        return function(self.lane_inputs(lane), self.shared_inputs(subsample)).reshape(lanes)
 
     def _lanes(self, values: Values) -> tuple[torch.Size, dict[str, Tensor]]:
         """Split leading axes from site values and flatten them into one lane axis."""
@@ -627,12 +533,14 @@ class Program:
             out[name] = value.reshape(-1, *site.shape)
         return lanes if lanes is not None else torch.Size(), out
 
-    def _function(self, key: Any, one: Callable[[Values, Values], Any], lane: Values, keep: Any = None) -> LaneFunction:
+    def lane_function(
+        self, key: Any, one: Callable[[Values, Values], Any], lane: Values, keep: Any = None
+    ) -> LaneFunction:
         """The batched form of a function of one draw, built on first use and shared by programs with like data."""
         if key not in self._functions:
-            full = self._with_lane_args(lane)
+            full = self.lane_inputs(lane)
             example = {n: v[0] for n, v in full.items()}
-            shared = self._shared()
+            shared = self.shared_inputs()
             self._visited[0] = ""
 
             def quiet(lane_: Values, shared_: Values) -> Any:
@@ -674,56 +582,3 @@ class Program:
             return value * (1 + 0.02 * (noise - 0.5))
 
         return {n: shake(n, v) for n, v in lane.items()}, {n: shake(n, v) for n, v in shared.items()}
-
-
-def _dotted(path: Sequence[Any]) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
-
-
-def _with_static(site: Site, static: bool) -> Site:
-    return Site(**{**{f: getattr(site, f) for f in Site.__dataclass_fields__}, "static": static})
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two distributions are the same object, or were built from the same parts."""
-    a, b = unwrap(a), unwrap(b)
-    if a is b:
-        return True
-    ours, theirs = ({k: v for k, v in x.__dict__.items() if k != "_validate_args"} for x in (a, b))
-    if type(a) is not type(b) or ours.keys() != theirs.keys():
-        return False
-
-    def equal(u: Any, v: Any) -> bool:
-        if u is v:
-            return True
-        if isinstance(u, Tensor) and isinstance(v, Tensor):
-            return u.shape == v.shape and torch.equal(u, v)
-        return isinstance(u, str | int | float | tuple | frozenset | None | torch.dtype | torch.device) and u == v
-
-    return all(equal(ours[k], theirs[k]) for k in ours)
-
-
-def _prior_term(trace: Any, name: str) -> Tensor:
-    """Log density of one latent site; zero for a diffusion prior, which depends on no other site through its value."""
-    node = trace.nodes[name]
-    if "denoiser" in getattr(unwrap(node["fn"]), "capabilities", ()):
-        return torch.zeros(())
-    return node["fn"].log_prob(node["value"]).sum()
-
-
-def _depends(term: Tensor, value: Tensor) -> bool:
-    return (
-        term.requires_grad and torch.autograd.grad(term, [value], allow_unused=True, retain_graph=True)[0] is not None
-    )
-
-
-def _values(trace: Any) -> dict[str, Tensor]:
-    """Values of sample sites and deterministic sites of a trace."""
-    return {
-        n: node["value"]
-        for n, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not site_is_subsample(node)
-        and not isinstance(unwrap(node["fn"]), dist.Unit)
-        and isinstance(node["value"], Tensor)
-    }

@@ -32,9 +32,13 @@ __all__ = [
     "log_prob_of",
     "read_sites",
     "run_model",
+    "same_distribution",
+    "seeded",
     "set_values",
     "settings",
     "unwrap",
+    "values_of",
+    "with_static",
 ]
 
 
@@ -413,3 +417,50 @@ def check_latents(sites: Mapping[str, Site], data_dtype: torch.dtype | None, dat
                 f"the prior of site {site.name!r} is on {device}, but the data are on {data_device}; "
                 f"move one of them with .to(...)"
             )
+
+
+def values_of(trace: Any) -> dict[str, Tensor]:
+    """Values of sample sites and deterministic sites of a trace."""
+    return {
+        n: node["value"]
+        for n, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not isinstance(unwrap(node["fn"]), dist.Unit)
+        and isinstance(node["value"], Tensor)
+    }
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Run Pyro's own draws under a fork of the global generator, seeded from `generator`."""
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    devices = [generator.device] if generator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def with_static(site: Site, static: bool) -> Site:
+    return Site(**{**{f: getattr(site, f) for f in Site.__dataclass_fields__}, "static": static})
+
+
+def same_distribution(a: Any, b: Any) -> bool:
+    """Whether two distributions are the same object, or were built from the same parts."""
+    a, b = unwrap(a), unwrap(b)
+    if a is b:
+        return True
+    ours, theirs = ({k: v for k, v in x.__dict__.items() if k != "_validate_args"} for x in (a, b))
+    if type(a) is not type(b) or ours.keys() != theirs.keys():
+        return False
+
+    def equal(u: Any, v: Any) -> bool:
+        if u is v:
+            return True
+        if isinstance(u, Tensor) and isinstance(v, Tensor):
+            return u.shape == v.shape and torch.equal(u, v)
+        return isinstance(u, str | int | float | tuple | frozenset | None | torch.dtype | torch.device) and u == v
+
+    return all(equal(ours[k], theirs[k]) for k in ours)

@@ -234,12 +234,12 @@ def _read(program: Program, flat: FlatDensity, extract: Any) -> dict[str, dict[s
     z = torch.zeros(rows, flat.dim, dtype=program.dtype, device=program.device)
 
     def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Any:
-        return extract(program._trace(lane, shared, flat._run(lane))[0])
+        return extract(program.trace_one(lane, shared, flat._run(lane))[0])
 
     with torch.no_grad():
         lane, _ = flat._lane(z)
-        function = program._function(("gaussian prior", program.lifted), one, lane)
-        return function(lane, program._shared())
+        function = program.lane_function(("gaussian prior", program.lifted), one, lane)
+        return function(lane, program.shared_inputs())
 
 
 class _Slices:

@@ -20,8 +20,7 @@ from ppl.errors import OptionError
 from ppl.mcmc.convergence import note_disagreement
 from ppl.mcmc.target import refuse_subsampling
 from ppl.posterior import Posterior
-from ppl.program import seeded
-from ppl.trace import Run, set_values, settings
+from ppl.trace import Run, seeded, set_values, settings
 
 if TYPE_CHECKING:
     from ppl.monitor import Monitor
