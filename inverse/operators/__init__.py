@@ -8,17 +8,21 @@ from __future__ import annotations
 from inverse.operators.algebra import Compose, Scaled, Stack, Sum, stack
 from inverse.operators.base import SVD, CallRecord, LinearOperator, record_calls
 from inverse.operators.blur import CircularBlur, GaussianBlur, MotionBlur
+from inverse.operators.demosaic import ColourMosaic
 from inverse.operators.dense import Dense, FunctionOperator, probe_affine, probe_linear
 from inverse.operators.downsample import Downsample
 from inverse.operators.fourier import FourierMask
 from inverse.operators.linear_solve import ConvergenceError, Solution, conjugate_gradient
 from inverse.operators.mask import Diagonal, Identity, Mask
+from inverse.operators.mri import MultiCoilMRI, coil_sensitivities
 from inverse.operators.radon import Radon
+from inverse.operators.sensing import GaussianSensing, SubsampledCosine, SubsampledHadamard
 
 __all__ = [
     "SVD",
     "CallRecord",
     "CircularBlur",
+    "ColourMosaic",
     "Compose",
     "ConvergenceError",
     "Dense",
@@ -27,15 +31,20 @@ __all__ = [
     "FourierMask",
     "FunctionOperator",
     "GaussianBlur",
+    "GaussianSensing",
     "Identity",
     "LinearOperator",
     "Mask",
     "MotionBlur",
+    "MultiCoilMRI",
     "Radon",
     "Scaled",
     "Solution",
     "Stack",
+    "SubsampledCosine",
+    "SubsampledHadamard",
     "Sum",
+    "coil_sensitivities",
     "conjugate_gradient",
     "probe_affine",
     "probe_linear",

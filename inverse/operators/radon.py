@@ -56,6 +56,7 @@ class Radon(LinearOperator):
                 [7., 3.]])
     """
 
+    angles: Tensor
     first: Tensor
     weights: Tensor
 

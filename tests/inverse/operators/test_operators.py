@@ -83,6 +83,13 @@ def members() -> dict[str, ops.LinearOperator]:
         "function_batched": ops.FunctionOperator(lambda x: x.diff(dim=-1), (2, 3), linear=True, batched=True),
         "radon": ops.Radon([0.0, 33.0, 90.0], (4, 5)),
         "radon_narrow": ops.Radon(4, (2, 3, 3), detectors=3, spacing=0.7),
+        "mri": ops.MultiCoilMRI(ops.coil_sensitivities(3, (3, 4)), holes(3, 4)),
+        "mri_real": ops.MultiCoilMRI(ops.coil_sensitivities(2, (3, 4)), holes(3, 4), (2, 3, 4), complex_image=False),
+        "hadamard": ops.SubsampledHadamard(3, (2, 4), generator=generator()),
+        "cosine": ops.SubsampledCosine(4, (3, 3), generator=generator()),
+        "gaussian_rows": ops.GaussianSensing(4, (2, 5), generator=generator()),
+        "mosaic": ops.ColourMosaic((3, 3, 4)),
+        "mosaic_cell": ops.ColourMosaic((2, 2, 3, 3), torch.tensor([[0, 1, 1]])),
         "by_products": ByProducts(randn(3, 6)),
         "by_products_deficient": ByProducts(randn(5, 2) @ randn(2, 4, seed=2)),
     }
