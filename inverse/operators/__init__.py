@@ -17,6 +17,7 @@ from inverse.operators.mask import Diagonal, Identity, Mask
 from inverse.operators.mri import MultiCoilMRI, coil_sensitivities
 from inverse.operators.radon import Radon
 from inverse.operators.sensing import GaussianSensing, SubsampledCosine, SubsampledHadamard
+from inverse.operators.varying_blur import VaryingBlur
 
 __all__ = [
     "SVD",
@@ -44,6 +45,7 @@ __all__ = [
     "SubsampledCosine",
     "SubsampledHadamard",
     "Sum",
+    "VaryingBlur",
     "coil_sensitivities",
     "conjugate_gradient",
     "probe_affine",

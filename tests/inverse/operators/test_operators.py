@@ -90,6 +90,8 @@ def members() -> dict[str, ops.LinearOperator]:
         "gaussian_rows": ops.GaussianSensing(4, (2, 5), generator=generator()),
         "mosaic": ops.ColourMosaic((3, 3, 4)),
         "mosaic_cell": ops.ColourMosaic((2, 2, 3, 3), torch.tensor([[0, 1, 1]])),
+        "varying_blur": ops.VaryingBlur(randn(2, 2, 3, 2), (4, 5)),
+        "varying_blur_channels": ops.VaryingBlur(randn(1, 3, 2, 2), (2, 3, 4)),
         "by_products": ByProducts(randn(3, 6)),
         "by_products_deficient": ByProducts(randn(5, 2) @ randn(2, 4, seed=2)),
     }
