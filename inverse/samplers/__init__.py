@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from inverse.samplers.ddnm import DDNM
+from inverse.samplers.ddrm import DDRM
+from inverse.samplers.diffpir import DiffPIR
 from inverse.samplers.dps import DPS
 from inverse.samplers.guided import GuidedSampler
 from inverse.samplers.moment_matching import MomentMatching
 from inverse.samplers.pigdm import PiGDM
 
-__all__ = ["DPS", "GuidedSampler", "MomentMatching", "PiGDM"]
+__all__ = ["DDNM", "DDRM", "DPS", "DiffPIR", "GuidedSampler", "MomentMatching", "PiGDM"]

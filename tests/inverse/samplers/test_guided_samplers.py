@@ -17,7 +17,18 @@ import torch
 from torch import Size, Tensor
 
 import ppl
-from inverse import DPS, DPSGuide, GuidedSampler, MomentMatching, MomentMatchingGuide, PiGDM, PiGDMGuide
+from inverse import (
+    DDNM,
+    DDRM,
+    DPS,
+    DiffPIR,
+    DPSGuide,
+    GuidedSampler,
+    MomentMatching,
+    MomentMatchingGuide,
+    PiGDM,
+    PiGDMGuide,
+)
 from inverse.problem import DiffusionProblem
 from inverse.samplers import lanes as lanes_module
 from inverse.samplers.guided import _Guided, guided_levels
@@ -220,6 +231,9 @@ BACKENDS: list[Any] = [
     MomentMatching(steps=12, solver=DPMSolver2MSDE()),
     GuidedSampler(PiGDMGuide(), EDMHeun(churn=0.2), steps=6),
     DPS(steps=12, schedule=VariancePreserving()),
+    DDRM(steps=6),
+    DDNM(steps=6, travel_length=2, travel_repeats=2),
+    DiffPIR(steps=6),
 ]
 
 
@@ -278,7 +292,16 @@ def test_costs_by_backend() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize(
-    "backend", [MomentMatching(steps=6), PiGDM(steps=6, solver=DPMSolver2MSDE()), DPS(steps=6)], ids=repr
+    "backend",
+    [
+        MomentMatching(steps=6),
+        PiGDM(steps=6, solver=DPMSolver2MSDE()),
+        DPS(steps=6),
+        DDRM(steps=6),
+        DDNM(steps=6),
+        DiffPIR(steps=6),
+    ],
+    ids=repr,
 )
 def test_a_killed_run_resumes_to_the_same_draws(backend: Any, chunk: int | None, tmp_path: Path) -> None:
     from dataclasses import replace
@@ -419,7 +442,15 @@ def test_plates_labels_and_float32() -> None:
             pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
     program = Program(model, torch.ones(4, 3))
-    for backend in (DPS(steps=5), PiGDM(steps=5), MomentMatching(steps=5), MomentMatching(steps=5, exact_limit=2)):
+    for backend in (
+        DPS(steps=5),
+        PiGDM(steps=5),
+        MomentMatching(steps=5),
+        MomentMatching(steps=5, exact_limit=2),
+        DDRM(steps=5),
+        DDNM(steps=5),
+        DiffPIR(steps=5),
+    ):
         posterior = ppl.infer(program, backend, draws=6, chains=2)
         assert posterior["x"].shape == (2, 6, 4, 3)
         assert posterior["x"].dtype == torch.float32

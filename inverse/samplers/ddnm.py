@@ -1,0 +1,154 @@
+r"""Denoising diffusion null-space model with noise (DDNM+): the data replace the row space of the denoised point.
+
+DDIM step a -> b:  x_b = k x + w x^ + c z,   c = eta b sqrt(1 - b^2 / a^2),   k = sqrt(b^2 - c^2) / a,   w = 1 - k.
+In each direction of the singular basis, with data ybar = u / s of noise tau = 1 / s,
+
+    x^ <- x^ + lambda (ybar - x^),   c^2 <- c^2 - (w lambda tau)^2,   lambda = min(1, c / (w tau)),
+
+so that the noise in the data takes the place of noise that the step would have added.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from inverse.problem import DiffusionProblem
+from inverse.samplers.guided import check_steps
+from inverse.samplers.lanes import Noise, check_chunk
+from inverse.samplers.trajectory import SpectralData, run_trajectories, trajectory_levels
+from ppl.backend import Exactness, register
+from ppl.cost import Cost
+from ppl.errors import OptionError
+from ppl.monitor import Monitor
+from ppl.posterior import Posterior
+from ppl.program import Program
+from sde import Schedule
+
+__all__ = ["DDNM"]
+
+
+@register
+@dataclass(frozen=True)
+class DDNM:
+    """DDNM+ with the noise of the program, for linear data with Gaussian noise and an operator with a decomposition.
+
+    Never exact: the steps leave out the spread of x_0 given x, and in the row space they forget the prior. No vjp.
+
+    Args:
+        steps: noise levels; denoiser evaluations per draw are about `steps * travel_repeats`.
+        eta: share of the ancestral noise in a DDIM step, in [0, 1]; with 0 there is no noise for the data to replace,
+            and they are not used.
+        travel_length: levels that time travel goes back by.
+        travel_repeats: times that every stretch of `travel_length` levels is walked; 1 is no time travel.
+        schedule: source of the noise levels; None takes the prior's grid.
+        chunk: most draws at a time.
+
+    Raises:
+        CapabilityError: on run, if the likelihood is not linear and Gaussian, or the operator has no decomposition.
+
+    Source: Wang, Yu & Zhang (2023), section 3.3 and algorithm 2 [read]; c^2 and w of the DDIM step in coordinates of
+    the noise level [derived].
+
+    Example:
+        >>> DDNM(steps=4, travel_length=2, travel_repeats=2).path([8.0, 4.0, 2.0, 1.0, 0.0])
+        [8.0, 4.0, 2.0, 8.0, 4.0, 2.0, 1.0, 0.0, 2.0, 1.0, 0.0]
+    """
+
+    steps: int = 100
+    eta: float = 0.85
+    travel_length: int = 1
+    travel_repeats: int = 1
+    schedule: Schedule | None = None
+    chunk: int | None = None
+
+    exact: ClassVar[Exactness] = "never"
+    limit: ClassVar[tuple[str, ...]] = ()
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    default_chains: ClassVar[int] = 1
+    batches_problems: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_chunk(self.chunk)
+        if not 0 <= self.eta <= 1:
+            raise OptionError(f"eta must lie in [0, 1], got {self.eta}; 0.85 is the published value")
+        if self.travel_length < 1 or self.travel_repeats < 1:
+            raise OptionError(
+                "travel_length and travel_repeats must be one or more, got "
+                f"{self.travel_length} and {self.travel_repeats}; travel_repeats=1 is no time travel"
+            )
+
+    def path(self, levels: list[float]) -> list[float]:
+        """The levels in the order in which they are visited; a rise is a return by fresh noise."""
+        out, last = [levels[0]], len(levels) - 1
+        for start in range(0, last, self.travel_length):
+            stretch = levels[start + 1 : min(start + self.travel_length, last) + 1]
+            for repeat in range(self.travel_repeats):
+                out += ([levels[start]] if repeat else []) + stretch
+        return out
+
+    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _NullSpace:
+        """The steps that lanes take on a problem."""
+        path = self.path(trajectory_levels(self.schedule, self.steps, problem).tolist())
+        return _NullSpace(self, problem, SpectralData.of(problem, "DDNM"), path, Cost() if cost is None else cost)
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Draw all chains side by side."""
+        problem = DiffusionProblem.of(program)
+        return run_trajectories(
+            self.method(problem, monitor.cost),
+            problem,
+            draws=draws,
+            chains=chains,
+            chunk=self.chunk,
+            generator=generator,
+            monitor=monitor,
+        )
+
+
+class _NullSpace:
+    """The method that `run_lanes` runs."""
+
+    def __init__(
+        self, options: DDNM, problem: DiffusionProblem, data: SpectralData, path: list[float], cost: Cost
+    ) -> None:
+        self.options, self.problem, self.data, self.path, self.cost = options, problem, data, path, cost
+
+    @property
+    def steps(self) -> int:
+        """Moves between levels, returns included."""
+        return len(self.path) - 1
+
+    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
+        """x at the first noise level."""
+        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.path[0])}
+
+    def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        """One denoiser call and one step down, or fresh noise on the way back."""
+        x, a, b = state["x"], self.path[step], self.path[step + 1]
+        z = noise.normal(self.problem.shape)
+        if b > a:
+            return {"x": x + math.sqrt(b**2 - a**2) * z}
+        c = self.options.eta * b * math.sqrt(1 - (b / a) ** 2)
+        k = math.sqrt(b**2 - c**2) / a
+        w, data = 1 - k, self.data
+        clean = self.problem.prior.denoise(x, a)
+        self.cost.likelihood_evals += len(x)
+        seen = data.of_x(clean)
+        gain = (1 / data.s).clamp(max=c / w)  # lambda / s
+        seen = seen + gain * (data.u - data.s * seen)
+        spread = (c**2 - (w * gain).square()).clamp(min=0).sqrt()
+        moved = k * x + w * clean + c * z
+        return {"x": data.replace(moved, k * data.of_x(x) + w * seen + spread * data.of_x(z))}
+
+    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
+        """The clean values."""
+        return state["x"]
