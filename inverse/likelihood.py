@@ -35,7 +35,7 @@ from inverse.operators.algebra import Scaled
 from inverse.operators.base import DENSE_LIMIT, CallRecord
 from ppl.errors import CapabilityError, DataError, ProgramError
 from ppl.program import Program
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 __all__ = ["GaussianLikelihood", "Likelihood", "diffusion_sites", "read_likelihood"]
 
@@ -222,7 +222,7 @@ def _observe(likelihood: Likelihood, x: Tensor) -> Any:
 
     values = {likelihood.site: x, **likelihood.given}
     run = Run(values=values, unscored=frozenset(values))
-    return likelihood.program._trace({}, likelihood.program._shared(), run)[0]
+    return likelihood.program.trace_one({}, likelihood.program.shared_inputs(), run)[0]
 
 
 def _mean_and_noise(name: str, node: Any) -> tuple[Tensor, Tensor, bool]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from inverse.likelihood import Likelihood, read_likelihood
 from ppl.cost import Cost
 from ppl.program import Program
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 __all__ = ["DiffusionProblem"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -241,9 +241,9 @@ def stack_problems(parts: list[Posterior], problems: int) -> Posterior:
     )
 
 
-def _dims(program: Program, posterior: Posterior) -> Mapping[str, tuple[str, ...]]:
+def _dims(program: Program, posterior: Posterior) -> dict[str, Sequence[str]]:
     """Names of the axes behind (chain, draw): plates by their names, event axes by the site's."""
-    dims: dict[str, tuple[str, ...]] = {}
+    dims: dict[str, Sequence[str]] = {}
     lead = 3 if program.problems is not None else 2
     for name, site in program.sites.items():
         size = len(site.shape)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl.errors import OptionError
-from ppl.trace import Layout, Run, log_prob_of
+from ppl.sites import Layout
+from ppl.trace import Run, log_prob_of
 
 if TYPE_CHECKING:
     from ppl.program import Program
@@ -81,13 +82,13 @@ class Conditional:
         lane, given = self._lane(values)
         lane["z"] = z
         with torch.no_grad():
-            return self._density(lane, given)(lane, self.program._shared())
+            return self._density(lane, given)(lane, self.program.shared_inputs())
 
     def log_density_and_grad(self, z: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """The same with its gradient (chains, dim)."""
         lane, given = self._lane(values)
         lane["z"] = z.detach()
-        value, grads = self._density(lane, given).value_and_grad(lane, self.program._shared(), ("z",))
+        value, grads = self._density(lane, given).value_and_grad(lane, self.program.shared_inputs(), ("z",))
         return value, grads["z"]
 
     def ravel(self, values: Values) -> Tensor:
@@ -98,11 +99,11 @@ class Conditional:
         def one(lane: Values, shared: Values) -> dict[str, Tensor]:
             own = {n: lane[f"own.{n}"] for n in self.sites}
             run = Run(values={**_named(lane, given), **own}, layout=self.layout, enumerate_=self._summed(given))
-            return self.program._trace(lane, shared, run)[1].unconstrained
+            return self.program.trace_one(lane, shared, run)[1].unconstrained
 
         with torch.no_grad():
-            function = self.program._function(("conditional ravel", self.sites, given), one, lane)
-            out = function(lane, self.program._shared())
+            function = self.program.lane_function(("conditional ravel", self.sites, given), one, lane)
+            out = function(lane, self.program.shared_inputs())
         rows = len(values[self.sites[0]])
         return torch.cat([out[n].reshape(rows, -1) for n in self.sites], 1)
 
@@ -113,12 +114,12 @@ class Conditional:
 
         def one(lane: Values, shared: Values) -> dict[str, Tensor]:
             run = Run(values=_named(lane, given), z=lane["z"], layout=self.layout, enumerate_=self._summed(given))
-            trace = self.program._trace(lane, shared, run)[0]
+            trace = self.program.trace_one(lane, shared, run)[0]
             return {n: trace.nodes[n]["value"] for n in self.sites}
 
         with torch.no_grad():
-            function = self.program._function(("conditional constrain", self.sites, given), one, lane)
-            return dict(function(lane, self.program._shared()))
+            function = self.program.lane_function(("conditional constrain", self.sites, given), one, lane)
+            return dict(function(lane, self.program.shared_inputs()))
 
     def _lane(self, values: Values) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         given = tuple(n for n in self.program.latents if n in values and n not in self.sites)
@@ -137,7 +138,7 @@ class Conditional:
             run = Run(
                 values=_named(lane, given), z=lane["z"], layout=self.layout, unscored=constant, enumerate_=enumerated
             )
-            trace, setter = program._trace(lane, shared, run)
+            trace, setter = program.trace_one(lane, shared, run)
             scored = log_prob_of(trace, lambda node: True, enumerated=enumerated, nesting=program.nesting)
             for name in moving:
                 # Unvalidated densities can be finite outside their support, which the block may have moved.
@@ -146,7 +147,7 @@ class Conditional:
                 scored = torch.where(inside, scored, -torch.inf)
             return scored + setter.log_jacobian
 
-        return program._function(("conditional", self.sites, given), one, lane)
+        return program.lane_function(("conditional", self.sites, given), one, lane)
 
 
 def _bounded(support: Any) -> bool:

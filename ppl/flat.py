@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ppl.errors import ProgramError, ShapeError
 from ppl.graph import LaneFunction
-from ppl.trace import Layout, Leaf, Run, log_prob_of, unwrap
+from ppl.sites import Layout, Leaf, unwrap
+from ppl.trace import Run, log_prob_of
 
 if TYPE_CHECKING:
     import numpy as np

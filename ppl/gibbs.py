@@ -15,8 +15,7 @@ from ppl.conditional import Conditional
 from ppl.errors import NotFiniteError, OptionError, ProgramError, ShapeError
 from ppl.kernels import Kernel
 from ppl.posterior import Posterior
-from ppl.program import seeded
-from ppl.trace import Run
+from ppl.trace import Run, seeded
 
 if TYPE_CHECKING:
     from ppl.monitor import Monitor
@@ -226,7 +225,7 @@ def _prior(program: Program, names: list[str], chains: int, generator: torch.Gen
         }
         rows = []
         for i in range(chains):
-            trace, _ = program._trace({}, program._shared(), Run(values={n: v[i] for n, v in joint.items()}))
+            trace, _ = program.trace_one({}, program.shared_inputs(), Run(values={n: v[i] for n, v in joint.items()}))
             rows.append({n: trace.nodes[n]["value"] for n in names})
     return {n: torch.stack([row[n] for row in rows]) for n in names}
 

@@ -21,7 +21,7 @@ from pyro.infer.reparam.reparam import Reparam
 
 from ppl.backend import Backend, register
 from ppl.errors import CapabilityError, OptionError, ProgramError
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 if TYPE_CHECKING:
     from ppl.cost import Cost

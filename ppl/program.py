@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pyro.distributions as dist
@@ -23,20 +24,8 @@ from ppl.check import findings
 from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
 from ppl.simulate import predict, simulate
-from ppl.trace import (
-    Run,
-    Site,
-    check_latents,
-    check_observations,
-    is_deterministic,
-    log_prob_of,
-    read_sites,
-    run_model,
-    same_distribution,
-    seeded,
-    settings,
-    with_static,
-)
+from ppl.sites import Site, check_latents, check_observations, is_deterministic, read_sites, same_distribution
+from ppl.trace import Run, log_prob_of, run_model, seeded, settings
 
 if TYPE_CHECKING:
     from ppl.flat import FlatDensity
@@ -104,7 +93,7 @@ class Program:
         self._lane_args: frozenset[str] = frozenset()
         self._single_functions: dict[Any, LaneFunction] = {}
         self.sites: dict[str, Site] = {}
-        self._arguments = Arguments.of(model, args, kwargs)
+        self.arguments = Arguments.of(model, args, kwargs)
         self._read()
 
     # Facts -----------------------------------------------------------------------------------------------------------
@@ -321,7 +310,7 @@ class Program:
 
         new = copy.copy(self)
         new._functions = {}
-        new._arguments = self._arguments.map(move)
+        new.arguments = self.arguments.map(move)
         new._overridden = {n: move(v) for n, v in self._overridden.items()}
         new.parameters = {n: move(v) for n, v in self.parameters.items()}
         new._replaced = dict(self._replaced)
@@ -374,20 +363,20 @@ class Program:
 
     def _set_data(self, data: Mapping[str, Any]) -> None:
         """Replace arguments, or the data of observed sites, in place (on a copy)."""
-        arguments = {n: v for n, v in data.items() if n in self._arguments.names}
+        arguments = {n: v for n, v in data.items() if n in self.arguments.names}
         overridden = {n: v for n, v in data.items() if n not in arguments}
         for name in overridden:
             if name not in self.observed:
                 raise DataError(
-                    f"the program has no data named {name!r}; arguments: {self._arguments.names}, observed sites: "
+                    f"the program has no data named {name!r}; arguments: {self.arguments.names}, observed sites: "
                     f"{list(self.observed)}"
                 )
-        self._arguments = self._arguments.replace(arguments)
+        self.arguments = self.arguments.replace(arguments)
         self._overridden = {**self._overridden, **overridden}
 
     def _read(self, given: Values | None = None, keep_dtype: bool = False) -> None:
         """Run the model once, validated, and read its sites; a second run tells which distributions are fixed."""
-        given_tensors = [*self._arguments.tensors().values(), *self._overridden.values()]
+        given_tensors = [*self.arguments.tensors().values(), *self._overridden.values()]
         tensors = [t for t in given_tensors if isinstance(t, Tensor)]
         floating = [t.dtype for t in tensors if t.is_floating_point()]
         if not keep_dtype:
@@ -400,11 +389,11 @@ class Program:
         check_observations(trace)
         sites = read_sites(trace)
         if given is not None:
-            sites = {n: with_static(s, self.sites[n].static) for n, s in sites.items()}
+            sites = {n: replace(s, static=self.sites[n].static) for n, s in sites.items()}
         else:
             again = self._second_sites(trace, sites)
             sites = {
-                n: with_static(s, n in again and same_distribution(s.distribution, again[n].distribution))
+                n: replace(s, static=n in again and same_distribution(s.distribution, again[n].distribution))
                 for n, s in sites.items()
             }
         self.sites = sites
@@ -450,7 +439,7 @@ class Program:
         return read_sites(other)
 
     def _run_once(self, values: Values, seed: int, validate: bool) -> Any:
-        args, kwargs = self._arguments.call({})
+        args, kwargs = self.arguments.call({})
         run = Run(values=values, data=self._overridden, functions=self._replaced)
         generator = torch.Generator(self.device).manual_seed(seed)
         with seeded(generator), torch.no_grad(), settings(self.dtype, validate=validate):
@@ -460,7 +449,7 @@ class Program:
         self, subsample: Mapping[str, Tensor] | None = None, params: Values | None = None
     ) -> dict[str, Tensor]:
         """Graph inputs that all draws share, without those that differ between problems."""
-        shared = self._arguments.tensors()
+        shared = self.arguments.tensors()
         shared |= {f"data.{n}": v for n, v in self.data.items() if not self.sites[n].subsampled}
         shared |= {f"param.{n}": v for n, v in (params if params is not None else self.parameters).items()}
         indices = dict(self._default_indices) | dict(subsample or {})
@@ -485,7 +474,7 @@ class Program:
         run.params = {n.removeprefix("param."): v for n, v in inputs.items() if n.startswith("param.")}
         run.indices = {n.removeprefix("index."): v for n, v in inputs.items() if n.startswith("index.")}
         run.functions, run.plates = self._replaced, self._sequential
-        args, kwargs = self._arguments.call(inputs)
+        args, kwargs = self.arguments.call(inputs)
 
         def visit(name: str) -> None:
             self._visited[0] = name

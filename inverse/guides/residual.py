@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inverse.problem import DiffusionProblem
 from ppl.errors import CapabilityError
-from ppl.trace import is_data, unwrap
+from ppl.sites import is_data, unwrap
 
 __all__ = ["misfit", "residual_fn"]
 

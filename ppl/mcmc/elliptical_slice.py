@@ -19,14 +19,14 @@ from torch import Tensor
 from ppl.backend import Exactness, register
 from ppl.errors import CapabilityError, OptionError, ProgramError
 from ppl.mcmc.target import fixed_density, posterior_of
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 if TYPE_CHECKING:
     from ppl.flat import FlatDensity
     from ppl.monitor import Monitor
     from ppl.posterior import Posterior
     from ppl.program import Program
-    from ppl.trace import Leaf
+    from ppl.sites import Leaf
 
 __all__ = ["EllipticalSlice"]
 

@@ -188,7 +188,7 @@ class Pyro:
         """Fit a guide, then draw from it."""
         elbo = pyro.infer.Trace_ELBO(num_particles=self.particles)
         svi = pyro.infer.SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": self.learning_rate}), elbo)
-        args, kwargs = program._arguments({})
+        args, kwargs = program.arguments.call({})
         losses = []
         for _ in monitor.steps(self.steps, label):
             losses.append(float(svi.step(*args, **kwargs)))
@@ -215,7 +215,7 @@ def _bound(program: Program, monitor: Monitor, learn: bool) -> Callable[..., Any
 
     def model(*_: Any, **__: Any) -> Any:
         monitor.cost.add(density_evals=1)
-        args, kwargs = program._arguments({})
+        args, kwargs = program.arguments.call({})
         params = {} if learn else program.parameters
         run = Run(data=program.data, params=params, functions=program._replaced)
         return set_values(run, program.model)(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl.errors import PilotlightError
 from ppl.scores import mean_and_sd
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 if TYPE_CHECKING:
     from ppl.compare import Comparison

@@ -15,7 +15,7 @@ from pyro.infer import autoguide
 from torch import Tensor, nn
 
 from ppl.errors import CapabilityError, OptionError
-from ppl.trace import Layout
+from ppl.sites import Layout
 from ppl.vi.guides.guide import Params, detached
 
 __all__ = ["AutoGuide"]
@@ -95,7 +95,7 @@ class AutoGuide:
 
     def init(self, dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
         """The guide's own starting parameters, unconstrained."""
-        from ppl.program import seeded
+        from ppl.trace import seeded
 
         with seeded(generator):
             runner = self._build(dim, dtype, device)

@@ -73,7 +73,7 @@ class Flow:
 
     def init(self, dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
         """Centre zero, equal scales; the last layers are shrunk so that T starts near the identity."""
-        from ppl.program import seeded
+        from ppl.trace import seeded
 
         with seeded(generator):
             module = _build(self, dim, dtype, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ppl.errors import CapabilityError, OptionError
-from ppl.trace import Layout, Leaf
+from ppl.sites import Layout, Leaf
 from ppl.vi import AutoGuide, Flow, FullRank, Guide, LowRank, MeanField
 
 DIM = 4
