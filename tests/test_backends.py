@@ -1,0 +1,270 @@
+"""Every registered backend keeps the contract of `ppl.testing`, and the contract notices the faults it is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import NUTS as PyroNUTS
+from torch import Tensor
+
+import inverse
+import ppl
+from models.references import gaussian_problem
+from ppl.backend import registered
+from ppl.errors import OptionError
+from ppl.testing import check_backend
+
+F64 = torch.float64
+
+
+def linear() -> ppl.Program:
+    """Three dimensions, two observations, a diffusion site."""
+    return gaussian_problem(0.3, dim=3, observations=2).program
+
+
+def plain() -> ppl.Program:
+    """Two latents, one of them positive, in a plate."""
+
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=F64), 0.5))
+        with pyro.plate("groups", 2):
+            mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+def gaussian() -> ppl.Program:
+    """Two Gaussian latents."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mu, 0.5).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+# Name in the registry -> backends with few steps, each with a program that fits it.
+CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
+    "DDNM": [(inverse.DDNM(steps=4), linear), (inverse.DDNM(steps=4, travel_length=2, travel_repeats=2), linear)],
+    "DDRM": [(inverse.DDRM(steps=4), linear)],
+    "DPS": [(inverse.DPS(steps=4), linear)],
+    "DiffPIR": [(inverse.DiffPIR(steps=4), linear)],
+    "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
+    "Exact": [(inverse.Exact(), linear)],
+    "Gibbs": [(ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain)],
+    "GuidedSampler": [
+        (inverse.GuidedSampler(inverse.PiGDMGuide(), inverse.TwistedSMC().solver, steps=4), linear),
+    ],
+    "HMC": [(ppl.HMC(warmup=20, max_steps=8), plain)],
+    "MomentMatching": [(inverse.MomentMatching(steps=3), linear)],
+    "NUTS": [(ppl.NUTS(warmup=10), plain)],
+    "NoiseSpace": [
+        (ppl.NoiseSpace(ppl.HMC(warmup=20, max_steps=8)), linear),
+        (ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
+        (ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(1), steps=8)), linear),
+    ],
+    "PiGDM": [(inverse.PiGDM(steps=4), linear)],
+    "Pyro": [(ppl.Pyro(PyroNUTS, warmup=4), plain)],
+    "REDDiff": [(inverse.REDDiff(steps=6, scale="likelihood"), linear), (inverse.REDDiff(steps=6), linear)],
+    "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
+    "TwistedSMC": [
+        (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
+        (inverse.TwistedSMC(steps=4, particles=12, guide=inverse.PiGDMGuide(), runs=2), linear),
+    ],
+}
+
+
+def test_every_backend_has_a_case() -> None:
+    ours = {n for n, c in registered().items() if c.__module__.partition(".")[0] in ("ppl", "inverse", "models")}
+    assert ours == set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("backend", "program"),
+    [pytest.param(b, p, id=f"{name}-{i}") for name, cases in CASES.items() for i, (b, p) in enumerate(cases)],
+)
+def test_contract(backend: Any, program: Callable[[], ppl.Program]) -> None:
+    check_backend(backend, program())
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Exact draws of a conjugate normal, with room for one fault."""
+
+    steps: int = 3
+
+    exact: ClassVar[Any] = "in_the_limit"
+    limit: ClassVar[Any] = ("draws",)
+    exact_when: ClassVar[Any] = ()
+    needs: ClassVar[Any] = frozenset()
+    default_chains: ClassVar[Any] = 2
+    batches_problems: ClassVar[Any] = False
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    def run(self, program: Any, *, draws: int, chains: int, generator: torch.Generator, monitor: Any) -> ppl.Posterior:
+        saved = monitor.resume()
+        start = 0 if saved is None else int(saved["step"])
+        noise = torch.zeros(chains, draws, 2, dtype=F64) if saved is None else saved["noise"]
+        for step in monitor.steps(self.steps, "toy", start=start):
+            noise = noise + self.draw((chains, draws, 2), generator)
+            monitor.cost.add(density_evals=chains * draws)
+            monitor.checkpoint(step + 1, {"noise": noise})
+        return self.result(program, noise)
+
+    def result(self, program: Any, noise: Tensor) -> ppl.Posterior:
+        return ppl.Posterior({"mu": 0.8 * program.data["y"] + noise * (0.2 / self.steps) ** 0.5})
+
+
+def test_a_good_backend_passes() -> None:
+    check_backend(Toy(), gaussian())
+
+
+class GlobalNoise(Toy):
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, dtype=F64)
+
+
+class NoSeed(Toy):
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+class OneChain(Toy):
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return super().draw(shape[1:], generator).expand(shape)
+
+
+class Float32(Toy):
+    def result(self, program: Any, noise: Tensor) -> ppl.Posterior:
+        return ppl.Posterior({"mu": super().result(program, noise)["mu"].float()})
+
+
+class Shape(Toy):
+    def result(self, program: Any, noise: Tensor) -> ppl.Posterior:
+        return ppl.Posterior({"mu": super().result(program, noise)["mu"].transpose(0, 1)})
+
+
+class Missing(Toy):
+    def result(self, program: Any, noise: Tensor) -> ppl.Posterior:
+        return ppl.Posterior({"nu": noise})
+
+
+class ChangesData(Toy):
+    def result(self, program: Any, noise: Tensor) -> ppl.Posterior:
+        made = super().result(program, noise)
+        program.data["y"].add_(1.0)
+        return made
+
+
+class LeavesParameter(Toy):
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        pyro.param("left", torch.zeros(1))
+        return super().draw(shape, generator)
+
+
+class Deaf(Toy):
+    """Hides that it was stopped."""
+
+    def run(self, program: Any, *, draws: int, chains: int, generator: torch.Generator, monitor: Any) -> ppl.Posterior:
+        noise = sum(self.draw((chains, draws, 2), generator) for _ in monitor.steps(self.steps, "a"))
+        monitor.interrupted = False
+        monitor.cost.add(density_evals=1)
+        for _ in monitor.steps(1, "b"):
+            pass
+        return self.result(program, torch.as_tensor(noise))
+
+
+class Forgets(Toy):
+    """Does not restore what it stored."""
+
+    def run(self, program: Any, *, draws: int, chains: int, generator: torch.Generator, monitor: Any) -> ppl.Posterior:
+        saved = monitor.resume()
+        noise = torch.zeros(chains, draws, 2, dtype=F64)
+        for step in monitor.steps(self.steps, "toy", start=0 if saved is None else int(saved["step"])):
+            noise = noise + self.draw((chains, draws, 2), generator)
+            monitor.cost.add(density_evals=1)
+            monitor.checkpoint(step + 1, {"noise": noise})
+        return self.result(program, noise)
+
+
+class NoLimit(Toy):
+    limit: ClassVar[Any] = ()
+
+
+class Boast(Toy):
+    exact: ClassVar[Any] = "mostly"
+
+
+class ListNeeds(Toy):
+    needs: ClassVar[Any] = ["denoiser"]
+
+
+class Free(Toy):
+    """Counts nothing."""
+
+    def run(self, program: Any, *, draws: int, chains: int, generator: torch.Generator, monitor: Any) -> ppl.Posterior:
+        for _ in monitor.steps(1, "toy"):
+            noise = self.draw((chains, draws, 2), generator)
+        return self.result(program, noise)
+
+
+@dataclass
+class Thawed:
+    """A dataclass that can be changed."""
+
+    steps: int = 3
+    exact: ClassVar[Any] = "always"
+    limit: ClassVar[Any] = ()
+    exact_when: ClassVar[Any] = ()
+    needs: ClassVar[Any] = frozenset()
+    default_chains: ClassVar[Any] = 2
+    batches_problems: ClassVar[Any] = False
+    run = Toy.run
+
+
+@dataclass(frozen=True)
+class Address(Toy):
+    what: Any = field(default_factory=lambda: lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (GlobalNoise(), "torch's random state"),
+        (NoSeed(), "another seed"),
+        (OneChain(), "both chains"),
+        (Float32(), "float32"),
+        (Shape(), "shape"),
+        (Missing(), "no draws of the latent site 'mu'"),
+        (ChangesData(), "changed the program"),
+        (LeavesParameter(), "parameter store"),
+        (Deaf(), "true after the run was stopped"),
+        (Forgets(), "goes on gives the same draws"),
+        (NoLimit(), "what has to grow"),
+        (Boast(), "exact"),
+        (ListNeeds(), "frozenset"),
+        (Free(), "no work"),
+        (Thawed(), "frozen dataclass"),
+        (Address(), "address"),
+        (object(), "lacks class data"),
+    ],
+    ids=lambda v: type(v).__name__ if not isinstance(v, str) else "",
+)
+def test_faults_are_noticed(backend: Any, message: str) -> None:
+    """Each fault alone, and named for what it is."""
+    with pytest.raises(AssertionError, match=message):
+        check_backend(backend, gaussian())
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(OptionError, match="draws"):
+        check_backend(Toy(), gaussian(), draws=1)
