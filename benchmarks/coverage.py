@@ -28,7 +28,7 @@ from ppl.diagnostics import central_coverage, ranks
 from sde import DiffusionPrior
 from sde.solvers import DPMSolver2MSDE
 
-STEPS, PARTICLES, RUNS, DRAWS = 25, 256, 4, 256
+STEPS, PARTICLES, RUNS, DRAWS = 25, 256, 2, 256
 SEEN, SIGMA, PROJECTIONS = 8, 0.7, 20
 
 
