@@ -6,7 +6,6 @@ A = P T D with D random signs, T a fast orthonormal transform and P the choice o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,16 +43,22 @@ class _OrthonormalRows(LinearOperator):
 
 
 class _SubsampledTransform(_OrthonormalRows):
-    """P T D x; a member names T and its transpose, on (*batch, size)."""
+    """P T D x; a member hands over T and its transpose, on (*batch, size)."""
 
-    transform: ClassVar[Callable[[Tensor], Tensor]]
-    transpose: ClassVar[Callable[[Tensor], Tensor]]
     signs: Tensor
     keep: Tensor
     places: Tensor
 
-    def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        measurements: int,
+        in_shape: tuple[int, ...],
+        transform: Callable[[Tensor], Tensor],
+        transpose: Callable[[Tensor], Tensor],
+        generator: torch.Generator,
+    ) -> None:
         super().__init__(measurements, in_shape)
+        self.transform, self.transpose = transform, transpose
         size, device = numel(self.in_shape), generator.device
         coins = torch.randint(0, 2, (size,), generator=generator, device=device)
         keep = torch.randperm(size, generator=generator, device=device)[:measurements].sort().values
@@ -91,17 +96,13 @@ class SubsampledHadamard(_SubsampledTransform):
         tensor([1., 2., 3.])
     """
 
-    transform = staticmethod(hadamard)
-    transpose = staticmethod(hadamard)
-
     def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
         size = numel(tuple(in_shape))
         if size & (size - 1):
             raise ShapeError(
-                f"in_shape {tuple(in_shape)} has {size} entries, which is no power of two; use SubsampledCosine, or "
-                "compose with a padding operator"
+                f"in_shape {tuple(in_shape)} has {size} entries, which is no power of two; use SubsampledCosine"
             )
-        super().__init__(measurements, in_shape, generator=generator)
+        super().__init__(measurements, in_shape, hadamard, hadamard, generator)
 
 
 class SubsampledCosine(_SubsampledTransform):
@@ -120,8 +121,8 @@ class SubsampledCosine(_SubsampledTransform):
         tensor([1., 2.])
     """
 
-    transform = staticmethod(cosine)
-    transpose = staticmethod(inverse_cosine)
+    def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
+        super().__init__(measurements, in_shape, cosine, inverse_cosine, generator)
 
 
 class GaussianSensing(_OrthonormalRows):
