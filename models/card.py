@@ -215,6 +215,11 @@ def _text(known: dict[str, Any]) -> str:
         for q, d, h in zip(near["quantiles"], near["draws"], near["held_out"], strict=True)
     )
     height, width = known["event_shape"][1:]
+    runs = "; then ".join(
+        f"{t['step_of_weights']} steps of {t['batch']} images, ln sigma ~ N({t['p_mean']}, {t['p_std']}^2), "
+        f"{t['label_dropout']:.0%} without label, {t['seconds'] / 60:.0f} minutes"
+        for t in [*known.get("earlier_training", []), training]
+    )
     # Weights picked by the held-out loss have, in this one number, seen the held-out images.
     chosen = "" if training["patience"] is None else "; the step with the lowest held-out loss was kept"
     return f"""# {name}
@@ -233,8 +238,7 @@ The picture shows draws without a label, in the order in which they were made: n
 | network | U-Net, {known["parameters"]} parameters, {known["bytes"] / 1e6:.1f} MB, sigma_data {known["sigma_data"]} |
 | noise levels | sigma_min {known["sigma_min"]}, sigma_max {known["sigma_max"]}; largest principal standard \
 deviation of the data {known["data_std"]} |
-| training | {training["step_of_weights"]} steps of {training["batch"]} images, ln sigma ~ N({training["p_mean"]}, \
-{training["p_std"]}^2), {training["seconds"] / 60:.0f} minutes{chosen} |
+| training | {runs}{chosen} |
 | made by | `{known["script"]}` |
 | SHA-256 | `{known["sha256"]}` |
 

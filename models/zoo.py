@@ -164,12 +164,7 @@ def save(
         "data_std": data_std,
         "network": config.network.to_json(),
         "parameters": sum(w.numel() for w in trained.network.parameters()),
-        "training": {
-            **{key: value for key, value in config.to_json().items() if key != "network"},
-            "step_of_weights": trained.step,
-            "images_seen": trained.step * config.batch,
-            "seconds": round(trained.seconds),
-        },
+        "training": trained.summary(),
         **(notes or {}),
     }
     (place / f"{name}.json").write_text(json.dumps(known, indent=2) + "\n")

@@ -35,6 +35,15 @@ class TrainedDenoiser:
     seconds: float  # spent in training steps, over all resumptions
     interrupted: bool
 
+    def summary(self) -> dict[str, Any]:
+        """How the weights came about, as JSON values."""
+        return {
+            **{key: value for key, value in self.config.to_json().items() if key != "network"},
+            "step_of_weights": self.step,
+            "images_seen": self.step * self.config.batch,
+            "seconds": round(self.seconds),
+        }
+
     @property
     def denoiser(self) -> EDMDenoiser:
         """The network as E[x_0 | x_sigma]."""
@@ -44,10 +53,18 @@ class TrainedDenoiser:
 class TrainRun:
     """All that changes while training, and all that a checkpoint holds."""
 
-    def __init__(self, dataset: ImageData, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, dataset: ImageData, config: TrainConfig, device: torch.device, initial: UNet | None = None
+    ) -> None:
         self.dataset, self.config, self.device = dataset, config, device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.network = UNet(config.network, self.generator).to(device).train()
+        self.initial = ""
+        if initial is not None:
+            weights = initial.state_dict()
+            self.network.load_state_dict(weights)
+            raw = b"".join(w.detach().cpu().contiguous().numpy().tobytes() for w in weights.values())
+            self.initial = hashlib.sha256(raw).hexdigest()
         self.averaged = UNet(config.network).to(device).eval().requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.best = {name: w.clone() for name, w in self.averaged.state_dict().items()}
@@ -149,7 +166,8 @@ class TrainRun:
         values = self.config.to_json()
         for free in ("steps", "cooldown", "patience"):
             del values[free]
-        return hashlib.sha256((json.dumps(values, sort_keys=True) + self.dataset.fingerprint()).encode()).hexdigest()
+        text = json.dumps(values, sort_keys=True) + self.dataset.fingerprint() + self.initial
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON facts of a checkpoint."""

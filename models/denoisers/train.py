@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ def train(
     dataset: ImageData,
     config: TrainConfig,
     *,
+    initial: UNet | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
     callback: Callable[[TrainProgress], None] | None = None,
@@ -52,6 +54,7 @@ def train(
     Args:
         dataset: images in their data range.
         config: network, noise levels and optimiser.
+        initial: network of the same config whose weights the run starts from; None draws them.
         checkpoint: a safetensors file, written atomically; if it exists the run goes on from it. `steps`, `cooldown`
             and `patience` may differ from those it was written with; all else must be equal.
         checkpoint_every: seconds between checkpoints; 0 writes one after every step.
@@ -63,7 +66,7 @@ def train(
         The averaged weights: the last, or with `patience` those of the lowest held-out loss.
 
     Raises:
-        ShapeError: if images and network disagree about the event shape.
+        ShapeError: if images and network disagree about the event shape, or `initial` has another config.
         OptionError: if the network knows fewer labels than the data have.
         CheckpointError: if the checkpoint is damaged or belongs to another run.
         NotFiniteError: if the loss is not finite.
@@ -72,10 +75,12 @@ def train(
         raise ShapeError(
             f"{dataset.name} has images of shape {dataset.event_shape}, the network takes {config.network.event_shape}"
         )
+    if initial is not None and replace(initial.config, dropout=0.0) != replace(config.network, dropout=0.0):
+        raise ShapeError(f"the initial network has config {initial.config}, this run has {config.network}")
     labels = config.network.labels
     if labels and int(dataset.train_label.max()) >= labels:
         raise OptionError(f"the network has {labels} labels, {dataset.name} has {int(dataset.train_label.max()) + 1}")
-    run = TrainRun(dataset, config, torch.device(device or "cpu"))
+    run = TrainRun(dataset, config, torch.device(device or "cpu"), initial)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.restore(*read_checkpoint(path))

@@ -113,6 +113,22 @@ def test_a_longer_run_may_go_on_from_a_shorter_one(tmp_path):
     assert torch.equal(weights(longer), weights(train(stripes(), CONFIG)))
 
 
+def test_a_run_may_start_from_the_weights_of_another(tmp_path):
+    path = tmp_path / "run.safetensors"
+    first = train(stripes(), CONFIG)
+    still = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-12, seed=5)
+    torch.testing.assert_close(
+        weights(train(stripes(), still, initial=first.network, checkpoint=path)), weights(first), rtol=0, atol=1e-9
+    )
+    with pytest.raises(CheckpointError, match="another run"):
+        train(stripes(), still, checkpoint=path)
+    with pytest.raises(ShapeError, match="initial network"):
+        train(
+            stripes(), dataclasses.replace(still, network=dataclasses.replace(NETWORK, heads=2)), initial=first.network
+        )
+    assert first.summary()["images_seen"] == 12 * 16
+
+
 def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     train(stripes(), CONFIG, checkpoint=path)
