@@ -12,17 +12,24 @@ from inverse.operators.demosaic import ColourMosaic
 from inverse.operators.dense import Dense, FunctionOperator, probe_affine, probe_linear
 from inverse.operators.downsample import Downsample
 from inverse.operators.fourier import FourierMask
+from inverse.operators.jpeg import JPEG, round_through
 from inverse.operators.linear_solve import ConvergenceError, Solution, conjugate_gradient
 from inverse.operators.mask import Diagonal, Identity, Mask
 from inverse.operators.mri import MultiCoilMRI, coil_sensitivities
+from inverse.operators.nonlinear import Clip, GammaBlur, NonlinearOperator, SaturatingBlur
+from inverse.operators.phase_retrieval import PhaseRetrieval
 from inverse.operators.radon import Radon
+from inverse.operators.scattering import BornScattering, MultipleScattering
 from inverse.operators.sensing import GaussianSensing, SubsampledCosine, SubsampledHadamard
 from inverse.operators.varying_blur import VaryingBlur
 
 __all__ = [
+    "JPEG",
     "SVD",
+    "BornScattering",
     "CallRecord",
     "CircularBlur",
+    "Clip",
     "ColourMosaic",
     "Compose",
     "ConvergenceError",
@@ -31,6 +38,7 @@ __all__ = [
     "Downsample",
     "FourierMask",
     "FunctionOperator",
+    "GammaBlur",
     "GaussianBlur",
     "GaussianSensing",
     "Identity",
@@ -38,7 +46,11 @@ __all__ = [
     "Mask",
     "MotionBlur",
     "MultiCoilMRI",
+    "MultipleScattering",
+    "NonlinearOperator",
+    "PhaseRetrieval",
     "Radon",
+    "SaturatingBlur",
     "Scaled",
     "Solution",
     "Stack",
@@ -51,5 +63,6 @@ __all__ = [
     "probe_affine",
     "probe_linear",
     "record_calls",
+    "round_through",
     "stack",
 ]

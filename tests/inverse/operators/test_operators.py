@@ -92,6 +92,7 @@ def members() -> dict[str, ops.LinearOperator]:
         "mosaic_cell": ops.ColourMosaic((2, 2, 3, 3), torch.tensor([[0, 1, 1]])),
         "varying_blur": ops.VaryingBlur(randn(2, 2, 3, 2), (4, 5)),
         "varying_blur_channels": ops.VaryingBlur(randn(1, 3, 2, 2), (2, 3, 4)),
+        "born": ops.BornScattering(3, 4.0, 2, 3),
         "by_products": ByProducts(randn(3, 6)),
         "by_products_deficient": ByProducts(randn(5, 2) @ randn(2, 4, seed=2)),
     }
