@@ -29,9 +29,9 @@ summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dd { margin: 0; }
 .scroll { overflow-x: auto; }
 table.figures { border-collapse: collapse; margin: 1rem 0 .6rem; font-variant-numeric: tabular-nums; font-size: .9rem; }
-table.figures th, table.figures td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+table.figures th, table.figures td { padding: .32rem .55rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: bottom; }
-table.figures thead th { white-space: nowrap; color: var(--soft); font-weight: 500; }
+table.figures thead th { color: var(--soft); font-weight: 500; }
 table.figures tbody th, table.figures .exact, table.figures td.error { text-align: left; white-space: nowrap; }
 table.figures td.error { white-space: normal; }
 table.figures tbody th { font-weight: 600; padding-left: 0; }
