@@ -22,6 +22,7 @@ from inverse.operators.radon import Radon
 from inverse.operators.scattering import BornScattering, MultipleScattering
 from inverse.operators.sensing import GaussianSensing, SubsampledCosine, SubsampledHadamard
 from inverse.operators.varying_blur import VaryingBlur
+from inverse.operators.wrap import WrappedPhysics, adjoint_error, wrap
 
 __all__ = [
     "JPEG",
@@ -58,6 +59,8 @@ __all__ = [
     "SubsampledHadamard",
     "Sum",
     "VaryingBlur",
+    "WrappedPhysics",
+    "adjoint_error",
     "coil_sensitivities",
     "conjugate_gradient",
     "probe_affine",
@@ -65,4 +68,5 @@ __all__ = [
     "record_calls",
     "round_through",
     "stack",
+    "wrap",
 ]
