@@ -10,10 +10,11 @@ from inverse.guides import DPSGuide, Guided, MomentMatchingGuide, PiGDMGuide, as
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.particles import TwistedSMC
 from inverse.problem import DiffusionProblem
-from inverse.samplers import DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
+from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
 from inverse.variational import REDDiff
 
 __all__ = [
+    "DAPS",
     "DDNM",
     "DDRM",
     "DPS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inverse.samplers.daps import DAPS
 from inverse.samplers.ddnm import DDNM
 from inverse.samplers.ddrm import DDRM
 from inverse.samplers.diffpir import DiffPIR
@@ -10,4 +11,4 @@ from inverse.samplers.guided import GuidedSampler
 from inverse.samplers.moment_matching import MomentMatching
 from inverse.samplers.pigdm import PiGDM
 
-__all__ = ["DDNM", "DDRM", "DPS", "DiffPIR", "GuidedSampler", "MomentMatching", "PiGDM"]
+__all__ = ["DAPS", "DDNM", "DDRM", "DPS", "DiffPIR", "GuidedSampler", "MomentMatching", "PiGDM"]

@@ -18,6 +18,7 @@ from torch import Size, Tensor
 
 import ppl
 from inverse import (
+    DAPS,
     DDNM,
     DDRM,
     DPS,
@@ -234,6 +235,8 @@ BACKENDS: list[Any] = [
     DDRM(steps=6),
     DDNM(steps=6, travel_length=2, travel_repeats=2),
     DiffPIR(steps=6),
+    DAPS(steps=4),
+    DAPS(steps=3, inner="hmc", inner_steps=3),
 ]
 
 
@@ -300,6 +303,7 @@ def test_costs_by_backend() -> None:
         DDRM(steps=6),
         DDNM(steps=6),
         DiffPIR(steps=6),
+        DAPS(steps=6),
     ],
     ids=repr,
 )
@@ -450,6 +454,7 @@ def test_plates_labels_and_float32() -> None:
         DDRM(steps=5),
         DDNM(steps=5),
         DiffPIR(steps=5),
+        DAPS(steps=5),
     ):
         posterior = ppl.infer(program, backend, draws=6, chains=2)
         assert posterior["x"].shape == (2, 6, 4, 3)
