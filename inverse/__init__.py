@@ -6,7 +6,7 @@ Every backend reads data, operator and noise level from the program.
 from __future__ import annotations
 
 from inverse.exact import Exact
-from inverse.guides import DPSGuide, Guided, MomentMatchingGuide, PiGDMGuide, as_denoiser
+from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.particles import TwistedSMC
 from inverse.problem import DiffusionProblem
@@ -25,12 +25,14 @@ __all__ = [
     "GaussianLikelihood",
     "Guided",
     "GuidedSampler",
+    "LGDGuide",
     "Likelihood",
     "MomentMatching",
     "MomentMatchingGuide",
     "PiGDM",
     "PiGDMGuide",
     "REDDiff",
+    "TMPDGuide",
     "TwistedSMC",
     "as_denoiser",
     "read_likelihood",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from inverse.guides.base import BoundGuide, Guide, Guided, as_denoiser
 from inverse.guides.closure import ConditionedCovariance
 from inverse.guides.dps import DPSGuide
+from inverse.guides.lgd import LGDGuide
 from inverse.guides.moment_matching import MomentMatchingGuide
 from inverse.guides.pigdm import PiGDMGuide
+from inverse.guides.tmpd import TMPDGuide
 
 __all__ = [
     "BoundGuide",
@@ -14,7 +16,9 @@ __all__ = [
     "DPSGuide",
     "Guide",
     "Guided",
+    "LGDGuide",
     "MomentMatchingGuide",
     "PiGDMGuide",
+    "TMPDGuide",
     "as_denoiser",
 ]

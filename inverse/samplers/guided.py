@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inverse.guides.base import BoundGuide, Guide, as_denoiser
 from inverse.guides.moment_matching import BoundMomentMatching
+from inverse.guides.tmpd import BoundTMPD
 from inverse.problem import DiffusionProblem
 from inverse.samplers.lanes import Noise, check_chunk, run_lanes
 from ppl.backend import Exactness, register
@@ -119,6 +120,11 @@ class GuidedSampler:
             monitor.note(
                 f"{guide.floored} covariances of the data given x were not positive definite and were floored: the "
                 "denoiser's Jacobian is far from symmetric there"
+            )
+        if isinstance(guide, BoundTMPD) and guide.floored:
+            monitor.note(
+                f"TMPD took {guide.floored} negative row sums of the covariance of x_0 given x for zero: entries are "
+                "negatively correlated there, and MomentMatchingGuide() keeps what they are"
             )
         info = residual_chi(problem, x)
         missed = float(info["residual_chi"].median()) if "residual_chi" in info and x.numel() else 0.0

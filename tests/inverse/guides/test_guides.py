@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse.guides import DPSGuide, Guided, MomentMatchingGuide, PiGDMGuide, as_denoiser
+from inverse.guides import DPSGuide, Guided, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.guides.closure import floored_cholesky
 from inverse.guides.spectrum import GramSpectrum
 from inverse.guides.testing import check_guide, exact_guidance
@@ -66,6 +66,8 @@ GUIDES = [
     PiGDMGuide(jacobian=False),
     PiGDMGuide(data_std=2.0),
     MomentMatchingGuide(),
+    TMPDGuide(),
+    TMPDGuide(jacobian=False),
 ]
 
 
