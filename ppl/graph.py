@@ -227,7 +227,7 @@ class LaneFunction:
         runner.call, runner.kind, runner.nodes = call, "graph", len(runner.graph.graph.nodes)
 
     def _worth_compiling(self, runner: _Runner, args: list[Tensor], calls: int) -> bool:
-        """Whether the calls to come repay the compiler: about 6 s and 4 ms a node, for a call many times faster."""
+        """Whether the calls to come repay the compiler: about 3 s and 5 ms a node, for a call several times faster."""
         if self.compile != "auto":
             return self.compile == "inductor"
         if runner.nodes > COMPILE_NODES:
@@ -239,7 +239,7 @@ class LaneFunction:
             for _ in range(3):
                 runner.call(*args)
         per_call = (time.perf_counter() - start) / 3
-        return 0.7 * per_call * calls > 6 + 0.004 * runner.nodes
+        return 0.8 * per_call * calls > 3 + 0.005 * runner.nodes
 
     def _inductor(self, runner: _Runner, args: list[Tensor]) -> None:
         if runner.kind != "graph" or runner.graph is None:

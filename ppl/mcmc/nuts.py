@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["NUTS"]
 
 POLL = 0.01  # seconds between looks at the running chains
-GRADIENTS_PER_DRAW = 12  # typical; decides whether compiling pays
+GRADIENTS_PER_DRAW = 16  # typical; decides whether compiling pays
 
 # nutpie's statistics under ArviZ's names.
 STATISTICS = {
