@@ -1,8 +1,8 @@
 """Posteriors agree with Stan's references: |mean - mean_ref| <= 4 sqrt(mcse^2 + mcse_ref^2), sd within ten per cent.
 
 Four combined standard errors for each of up to 26 means: a correct program fails one model in about 600 to 16000 runs.
-An sd has a relative standard error of sqrt((kurtosis - 1) / (4 ess of the squares)). Nearly Gaussian posteriors are known
-to 0.02 by 4000 draws; tau of the eight schools (kurtosis 8, ess 0.17 of the draws, measured) needs 20000 for that.
+An sd has a relative standard error of sqrt((kurtosis - 1) / (4 ess of the squares)). Nearly Gaussian posteriors are
+known to 0.025 by 2000 draws; tau of the eight schools (kurtosis 8, ess 0.17 of the draws, measured) needs 20000 for that.
 """
 
 from __future__ import annotations
@@ -178,22 +178,24 @@ def agree(rows):
     assert all(0.9 <= ratio <= 1.1 for *_, ratio in rows), rows
 
 
-@pytest.mark.parametrize("name", ["eight_schools-eight_schools_noncentered", "kidiq-kidscore_momiq", "arK-arK"])
+@pytest.mark.parametrize("name", ["kidiq-kidscore_momiq", "gp_pois_regr-gp_regr"])
 def test_nuts_agrees_with_the_reference(posteriordb, name):
     program, sites = build(posteriordb, name)
-    draws = 5000 if name.startswith("eight") else 1000
-    posterior = ppl.infer(program, NUTS(warmup=500), draws=draws, chains=4, seed=1)
+    posterior = ppl.infer(program, NUTS(warmup=300), draws=500, chains=4, seed=1)
     agree(compare(posteriordb, name, posterior, sites))
-    assert float(posterior.info["r_hat"].max()) < 1.02
+    assert float(posterior.info["r_hat"].max()) < 1.03
     assert posterior.info["diverging"].float().mean() < 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(MODELS)[3:])
-def test_nuts_agrees_with_the_reference_of_costly_models(posteriordb, name):
+@pytest.mark.parametrize("name", list(MODELS))
+def test_nuts_agrees_with_every_reference(posteriordb, name):
     program, sites = build(posteriordb, name)
-    posterior = ppl.infer(program, NUTS(warmup=500), draws=1000, chains=4, seed=1)
+    draws = 5000 if name.startswith("eight") else 1000
+    posterior = ppl.infer(program, NUTS(warmup=500), draws=draws, chains=4, seed=1)
     agree(compare(posteriordb, name, posterior, sites))
+    assert float(posterior.info["r_hat"].max()) < 1.03
+    assert posterior.info["diverging"].float().mean() < 0.01
 
 
 def test_hmc_agrees_on_eight_schools(posteriordb):
