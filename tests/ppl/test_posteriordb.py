@@ -2,7 +2,7 @@
 
 Four combined standard errors for each of up to 26 means: a correct program fails one model in about 600 to 16000 runs.
 An sd has a relative standard error of sqrt((kurtosis - 1) / (4 ess of the squares)). Nearly Gaussian posteriors are
-known to 0.025 by 2000 draws; tau of the eight schools (kurtosis 8, ess 0.17 of the draws, measured) needs 20000 for that.
+known to 0.025 by 2000 draws; tau of the eight schools (kurtosis 8, ess 0.17 of the draws, measured) needs 20000.
 """
 
 from __future__ import annotations
