@@ -190,7 +190,7 @@ def infer(
     if monitor.stop_reason:
         attrs["stopped"] = monitor.stop_reason
     if program.problems is not None:
-        attrs["problems"] = program.problems
+        attrs["problems"] = posterior.attrs.get("problems", program.problems)  # fewer after an interruption
     monitor.done()
     return replace(
         posterior,
@@ -213,6 +213,8 @@ def _in_turn(
             own = torch.Generator(generator.device).manual_seed(seeds[i])
             part = backend.run(program.problem(i), draws=draws, chains=chains, generator=own, monitor=monitor)
         parts.append(part)
+    if monitor.interrupted and len(parts) > 1 and parts[-1].shape[-1] < parts[0].shape[-1]:
+        del parts[-1]  # cut short: it would cost the finished ones their draws
     return stack_problems(parts, program.problems)
 
 

@@ -97,7 +97,9 @@ class Row:
     @property
     def exact(self) -> str:
         """The backend's own claim, in words."""
-        return "" if self.backend is None else self.backend.exact.replace("_", " ")
+        if self.backend is not None:
+            return self.backend.exact.replace("_", " ")
+        return "" if self.posterior is None else str(self.posterior.attrs.get("exact", "")).replace("_", " ")
 
     def cell(self, column: Column) -> str:
         """One entry as text; a dash where there is no number."""
@@ -332,6 +334,10 @@ def _judged(
     """The row with its figures."""
     exact = row.backend.exact if row.backend is not None else str(posterior.attrs.get("exact", "in_the_limit"))
     figures, notes = cost_scores(posterior), list(row.notes)
+    if posterior.problems is not None and program.problems is not None and posterior.problems < program.problems:
+        notes.append(f"{posterior.problems} of {program.problems} problems were finished; the figures are theirs")
+        truth = {n: t if t.ndim == len(program.sites[n].shape) else t[: posterior.problems] for n, t in truth.items()}
+        reference = None if reference is None else reference.first(posterior.problems)
     if len(posterior):
         figures |= own_scores(posterior, exact, [n for n in program.latents if n in posterior])
         figures |= residual_score(posterior, program, generator)

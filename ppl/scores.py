@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl.diagnostics import inside_central, ranks, sliced_over_floor
 from ppl.errors import OptionError, PilotlightError, ShapeError
 from ppl.posterior import Posterior
-from ppl.trace import unwrap
+from ppl.sites import unwrap
 
 if TYPE_CHECKING:
     from ppl.program import Program
@@ -84,6 +84,10 @@ class Reference:
             order = torch.randperm(values.shape[1], generator=generator, device=generator.device).to(values.device)
             sets[name] = list(values[:, order[: SETS * size]].split(size, 1))
         return cls(sets)
+
+    def first(self, problems: int) -> Reference:
+        """The same of the first problems alone."""
+        return Reference({n: [s[:problems] for s in sets] for n, sets in self.sets.items()})
 
     def moments(self, site: str) -> tuple[Tensor, Tensor]:
         """Mean and variance over all sets, (problem or 1, entries) in float64."""

@@ -82,6 +82,8 @@ def write_figure(comparison: Comparison, path: str | Path, draws: int = 4, site:
         if data is not None:
             show(axes[0, start + 1], data[problem], "data")
         for row, (name, p) in enumerate(found.items(), start=2):
+            if problem >= len(p.mean):
+                continue  # interrupted before this problem
             head = row == 2
             show(axes[row, start], p.mean[problem], "mean" if head else None)
             show(axes[row, start + 1], p.sd[problem], "sd" if head else None, sd=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -126,8 +126,9 @@ def _images(comparison: Comparison, site: str) -> str:
                 picked = x[problem]
                 return picked.reshape(-1, *picked.shape[-3:])[item]
 
-            low, high = data_range(program, site, *(one(p.mean) for p in found.values()))
-            blocks.append(_picture_table(found, one, problem, (low, high), spread, truth, data))
+            there = {n: p for n, p in found.items() if problem < len(p.mean)}
+            low, high = data_range(program, site, *(one(p.mean) for p in there.values()))
+            blocks.append(_picture_table(there, one, (low, high), spread, truth, data))
     key = (
         f'<p class="key">Images from {low:g} (black) to {high:g} (white). '
         f'Standard deviation from 0 <span class="bar sd"></span> {spread:.2g}. '
@@ -140,15 +141,13 @@ def _images(comparison: Comparison, site: str) -> str:
 
 def _picture_table(
     found: dict[str, Pictures],
-    one: object,
-    problem: int,
+    one: Callable[[Tensor], Tensor],
     span: tuple[float, float],
     spread: float,
     truth: Tensor | None,
     data: Tensor | None,
 ) -> str:
     """One problem: a row with truth and data, then a row for each backend."""
-    assert callable(one)
 
     def cell(image: Tensor | None, low: float, high: float, colours: str = "gray", alt: str = "") -> str:
         if image is None:
@@ -156,7 +155,7 @@ def _picture_table(
         uri = image_uri(one(image), low, high, colours)
         return f'<td><img src="{uri}" alt="{escape(alt)}"></td>'
 
-    count = max(p.draws.shape[1] for p in found.values())
+    count = max((p.draws.shape[1] for p in found.values()), default=0)
     rows = [f'<tr><th></th><th>mean</th><th>sd</th><th>residual</th><th colspan="{count}" class="left">draws</th></tr>']
     for name, p in found.items():
         # Draws have an axis more than the other pictures.
@@ -186,11 +185,13 @@ def _scalars(comparison: Comparison, site: str) -> str:
     truth = comparison.truth.get(site)
     true = None if truth is None else truth.double().reshape(-1).expand(problems)
     for problem in range(problems):
-        shown = [v[problem] for v in values.values() if len(v) == problems]
+        shown = [v[problem] for v in values.values() if problem < len(v)]
+        if not shown:
+            continue
         pool = torch.cat([*shown, *([] if true is None else [true[problem : problem + 1]])])
         low, high = _span(pool)
         for name, posterior in comparison.posteriors.items():
-            if name not in values:
+            if name not in values or problem >= len(values[name]):
                 continue
             one = posterior.sample(site, len(posterior), torch.Generator().manual_seed(0)).double()
             one = one.reshape(posterior.problems or 1, -1)[problem]
@@ -213,13 +214,17 @@ def _vectors(comparison: Comparison, site: str) -> str:
     levels = {}
     for name, posterior in comparison.posteriors.items():
         if site in posterior and len(posterior) and posterior[site].is_floating_point():
-            levels[name] = posterior.quantile(site, [0.05, 0.5, 0.95]).double().reshape(3, problems, -1)[..., shown]
+            levels[name] = posterior.quantile(site, [0.05, 0.5, 0.95]).double()
+            levels[name] = levels[name].reshape(3, posterior.problems or 1, -1)[..., shown]
     if not levels:
         return ""
     for problem in range(problems):
-        pool = torch.cat([q[:, problem].flatten() for q in levels.values()])
+        there = {n: q for n, q in levels.items() if problem < q.shape[1]}
+        if not there:
+            continue
+        pool = torch.cat([q[:, problem].flatten() for q in there.values()])
         low, high = _span(pool if true is None else torch.cat([pool, true[problem]]))
-        for name, q in levels.items():
+        for name, q in there.items():
             labels = [str(int(i)) for i in shown]
             plot = intervals_svg(q[:, problem], low, high, labels, None if true is None else true[problem])
             cells.append(f"<figure>{plot}<figcaption>{escape(name)}</figcaption></figure>")

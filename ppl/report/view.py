@@ -42,6 +42,8 @@ def data_range(program: Program, site: str, *images: Tensor) -> tuple[float, flo
     stated = getattr(unwrap(program.sites[site].distribution), "data_range", None)
     if stated is not None:
         return float(stated[0]), float(stated[1])
+    if not images:
+        return 0.0, 1.0
     together = torch.cat([i.flatten() for i in images])
     return float(together.min()), float(together.max())
 
@@ -94,6 +96,7 @@ def pictures(comparison: Comparison, site: str, count: int) -> tuple[dict[str, P
         point = {
             s: posterior.mean(s).reshape(problems, *program.sites[s].shape) for s in program.latents if s in posterior
         }
+        # A run that was interrupted may have fewer problems than the program, and is then shown without residuals.
         seen = _residual(program, site, point) if problems == problem_count(program) else None
         if seen is not None:
             data = seen[1] if data is None else data

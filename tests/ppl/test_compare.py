@@ -192,6 +192,47 @@ def test_ctrl_c_keeps_finished_rows():
     assert found["third"].error == "not run: interrupted"
 
 
+def test_interrupted_between_problems(tmp_path):
+    """Ctrl-C in the second of two problems: the first is judged and shown, what follows is not run."""
+
+    ys = torch.stack([DATA, DATA + 2])
+
+    def sets(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": ys[:, None] / 2 + SD * torch.randn(2, n, DIM, generator=generator, dtype=torch.float64)}
+
+    @dataclass(frozen=True)
+    class First(Normal):
+        def run(self, program, *, monitor, **kwargs):
+            found = super().run(program, monitor=monitor, **kwargs)
+            monitor.stop("interrupted by Ctrl-C")
+            return found
+
+    program = Program(model, DATA).over(y=ys)
+    found = compare(program, {"a": Normal(), "b": First(), "c": Normal()}, 200, truth={"x": ys / 2}, reference=sets)
+    assert not found.complete
+    assert found.posteriors["b"].problems == 1
+    assert found["c"].error == "not run: interrupted"
+    assert any("1 of 2 problems" in note for note in found["b"].notes)
+    assert 0.4 < found["b"].figures["distance"] < 1.8
+    assert (found.save(tmp_path) / "b.nc").is_file()
+    assert found.to_html(tmp_path / "r.html").read_text().count("<svg") == 3
+
+
+def test_a_problem_cut_short_does_not_cost_the_finished_ones():
+    @dataclass(frozen=True)
+    class Cut(Normal):
+        def run(self, program, *, draws, monitor, **kwargs):
+            if monitor.cost.denoiser_evals:
+                monitor.stop("interrupted by Ctrl-C")
+                draws = 3
+            return super().run(program, draws=draws, monitor=monitor, **kwargs)
+
+    program = Program(model, DATA).over(y=torch.stack([DATA, DATA + 2, DATA]))
+    found = compare(program, {"cut": Cut()}, 50).posteriors["cut"]
+    assert found["x"].shape == (1, 2, 50, DIM)
+    assert not found.complete
+
+
 def test_many_problems():
     ys = torch.stack([DATA, DATA + 2])
     program = Program(model, DATA).over(y=ys)
