@@ -69,8 +69,8 @@ def gaussian_table(names: dict[str, tuple[Callable[[], ppl.Backend], int, int]])
             rows.append(gaussian_row(name, make(), sigma, draws, chains))
             r = rows[-1]
             print(
-                f"{r.name:34s} sigma {r.sigma:<5g} mean |z| max {r.mean_z:8.2f}   variance ratio {r.low:6.3f} .. {r.high:<8.3f}"
-                f" (s.e. {r.stderr:.3f})   {r.evals:7.1f} evals/draw  {r.seconds:6.1f} s",
+                f"{r.name:34s} sigma {r.sigma:<5g} mean |z| max {r.mean_z:8.2f}   "
+                f"variance ratio {r.low:6.3f} .. {r.high:<8.3f} (s.e. {r.stderr:.3f})   {r.evals:7.1f} evals/draw  {r.seconds:6.1f} s",
                 flush=True,
             )
     return rows
@@ -130,7 +130,8 @@ def show(name: str, dim: int, observations: int, cell: Cell) -> None:
     """One line of the table."""
     n = len(cell.ratio)
     print(
-        f"{name:28s} d={dim:<4d} dy={observations}  SW/floor {cell.ratio.mean():5.2f} ± {cell.ratio.std() / n**0.5:4.2f} "
+        f"{name:28s} d={dim:<4d} dy={observations}  "
+        f"SW/floor {cell.ratio.mean():5.2f} ± {cell.ratio.std() / n**0.5:4.2f} "
         f"(worst {cell.ratio.max():5.2f})   mode TV {cell.tv.mean():.3f} (floor {cell.floor_tv.mean():.3f})   "
         f"log Z {cell.error.mean():+.3f} ± {cell.error.std():.3f}, z rms {cell.z.square().mean().sqrt():.2f} "
         f"(max {cell.z.abs().max():.1f})   root ESS {cell.root.mean():5.0f}   {cell.evals.mean():5.0f} evals/draw",

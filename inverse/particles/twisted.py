@@ -89,8 +89,8 @@ class TwistedSMC:
             raise OptionError(f"expected a guide such as inverse.PiGDMGuide(), got {self.guide!r}")
         if self.guide is not None and self.guide.acts_in != "denoiser":
             raise OptionError(
-                f"{self.guide!r} changes the step and not the estimate of x_0, so its proposal has no density here; use "
-                'DPSGuide(weight="likelihood") or PiGDMGuide()'
+                f"{self.guide!r} changes the step and not the estimate of x_0, so its proposal has no density here; "
+                'use DPSGuide(weight="likelihood") or PiGDMGuide()'
             )
         Chunks(self.chunk)
 

@@ -42,7 +42,7 @@ def test_leaves_an_exact_posterior_invariant() -> None:
 
 @pytest.mark.parametrize("guide", [None, pytest.param(PiGDMGuide(), marks=pytest.mark.slow)], ids=["closure", "guided"])
 def test_joint_posterior_with_an_unknown_noise_level(guide: object) -> None:
-    """sigma and x of a linear Gaussian program; p(sigma | y) by quadrature, E[x | y] by averaging exact answers over it.
+    """sigma and x of a linear Gaussian program: p(sigma | y) by quadrature, E[x | y] by averaging exact answers.
 
     Four statistics, false alarm 1e-4 by the ESS of each, plus 2 % of a posterior sd for the discretisation of the
     second-order kernel.
