@@ -23,6 +23,7 @@ from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.vi.fitted import FittedGuide, bound_guide, draw_subsample, with_parameters
 from ppl.vi.guides import Guide, MeanField
+from ppl.vi.guides.guide import detached
 
 if TYPE_CHECKING:
     from ppl.program import Program
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["SVI"]
 
 PATH_AFTER = 0.3  # share of the steps that keep the score term, which cancels noise while q is narrow and misplaced
+NATURAL = 5.0  # rate of natural gradients as a multiple of Adam's: in their coordinates all curvatures are about one
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, Kingma & Ba (2015)
 GUIDE, MODEL = "guide.", "model."
 
@@ -49,6 +51,8 @@ class SVI:
         lr: learning rate of Adam at the start.
         decay: how the learning rate falls to `lr * lr_ratio`.
         lr_ratio: the last learning rate as a part of the first.
+        natural: take natural gradients, at 5 `lr`, where the guide has them (`FullRank`, up to 256 dimensions):
+            scales and correlations of the posterior then do not matter. Parameters of the model stay with Adam.
         path_gradient: leave out the score term of log q after the first steps ("sticking the landing").
         average: share of the last steps whose parameters are averaged; 0 keeps the last ones.
         patience: stop early when the mean ELBO of the last `patience` steps exceeds that of the `patience` before by
@@ -76,6 +80,7 @@ class SVI:
     lr: float = 0.02
     decay: Literal["cosine", "exponential", "none"] = "cosine"
     lr_ratio: float = 0.01
+    natural: bool = True
     path_gradient: bool = True
     average: float = 0.0
     patience: int | None = None
@@ -227,6 +232,7 @@ class _Fit:
         self.average = torch.zeros_like(self.theta)
         self.history = torch.full((options.steps,), math.nan, dtype=torch.float64, device=program.device)
         self.near = start is not None
+        self.natural = options.natural and flat.dim <= getattr(guide, "natural_limit", -1)
         if start is not None:
             self._continue(start)
         # With independent coordinates, log q of the local latents is subsampled as log p is.
@@ -273,7 +279,10 @@ class _Fit:
         monitor.check_finite("log density of the program at the guide's draws", log_p, step)
         monitor.check_finite("gradient of the ELBO", gradient, step)
         self.history[step] = elbo
-        self._adam(gradient, options.learning_rate(step))
+        rate = options.learning_rate(step)
+        self._adam(gradient, rate)
+        if self.natural:
+            self._replace(self.guide.natural_step(detached(own), noise, grad_z, min(NATURAL * rate, 0.5)))  # type: ignore[attr-defined]
         begin = round(options.steps * (1 - options.average))
         if options.average and step >= begin:
             self.average = self.average + (self.theta - self.average) / (step - begin + 1)
@@ -332,6 +341,12 @@ class _Fit:
         own = {n.removeprefix(GUIDE): v for n, v in named.items() if n.startswith(GUIDE)}
         model = {n: self.transforms[n](named[MODEL + n]) for n in self.program.parameters}
         return own, model
+
+    def _replace(self, own: dict[str, Tensor]) -> None:
+        """Put the guide's parameters into the vector."""
+        named = dict(zip(self.shapes, self.theta.split([s.numel() for s in self.shapes.values()]), strict=True))
+        named |= {GUIDE + n: v.reshape(-1) for n, v in own.items()}
+        self.theta = torch.cat([named[n] for n in self.shapes])
 
     def _adam(self, gradient: Tensor, lr: float) -> None:
         """One step uphill."""

@@ -332,3 +332,25 @@ def test_a_narrow_start_finds_a_wide_posterior() -> None:
     evidence = dist.Normal(0.0, 2525**0.5).log_prob(y).sum()
     fitted = SVI(guide=Flow(transforms=1, hidden=(8,)), steps=400, lr=0.05).fit(ppl.Program(model, y), seed=0)
     assert float(evidence - fitted.elbo(500, seed=0).value) < 0.1
+
+
+def test_natural_gradients_do_not_see_scales_and_correlations() -> None:
+    """Variances 1 and 1e-6 along turned axes: the fitted covariance is right to 1e-3 in coordinates where it is one."""
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    matrix = turn * torch.tensor([0.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(4, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ matrix, 1.0).to_event(1), obs=y)
+
+    program = ppl.Program(model, torch.ones(4, dtype=torch.float64), compile="never")
+    precision = torch.eye(4, dtype=torch.float64) + matrix @ matrix.mT
+    factor = torch.linalg.cholesky(precision)
+
+    def error(natural: bool) -> float:
+        fitted = SVI(guide=FullRank(), steps=400, natural=natural).fit(program, seed=0)
+        covariance = FullRank().covariance(fitted.params)
+        return float((factor.mT @ covariance @ factor - torch.eye(4)).abs().max())
+
+    assert error(True) < 1e-3
+    assert error(False) > 0.1  # what the rule is for
