@@ -9,8 +9,10 @@ from inverse.exact import Exact
 from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.particles import TwistedSMC
+from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
 from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
+from inverse.split_gibbs import SplitGibbs
 from inverse.variational import REDDiff
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "MomentMatchingGuide",
     "PiGDM",
     "PiGDMGuide",
+    "PnPDM",
     "REDDiff",
+    "SplitGibbs",
     "TMPDGuide",
     "TwistedSMC",
     "as_denoiser",

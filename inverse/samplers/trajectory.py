@@ -14,12 +14,12 @@ from inverse.operators.base import SVD
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import FAR_OFF, lowest_level, residual_chi
 from inverse.samplers.lanes import Method, run_lanes
-from ppl.errors import CapabilityError
+from ppl.errors import CapabilityError, NotFiniteError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from sde import Schedule
 
-__all__ = ["SpectralData", "run_trajectories", "trajectory_levels"]
+__all__ = ["SpectralData", "check_level", "run_trajectories", "trajectory_levels"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ def trajectory_levels(schedule: Schedule | None, steps: int, problem: DiffusionP
     if schedule is not None:
         return schedule.grid(steps)
     return problem.prior.grid(problem.prior.sigma_max, lowest_level(problem), steps)
+
+
+def check_level(x: Tensor, sigma: float) -> None:
+    """Raise NotFiniteError when x at a noise level inside a step is not finite, before it is denoised again."""
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).sum())
+        raise NotFiniteError(
+            f"x is not finite at noise level {sigma:.4g}: {bad} of {x.numel()} values are bad; check the denoiser "
+            "there, or try float64 or smaller steps"
+        )
 
 
 def run_trajectories(
