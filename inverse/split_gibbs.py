@@ -286,6 +286,14 @@ def run_sweeps(
             complete = False
         length = max(done - options.warmup, 0) // options.thin
         kept, accepted = kept[:, :length], accepted[:, :length]
+        # In a direction that the data leave open, x -> z -> x keeps sd^2 / (sd^2 + rho^2) of x.
+        apart = 1 + 2 * (problem.prior.data_std / splitting.rho) ** 2
+        if length * options.thin < 10 * apart:
+            monitor.note(
+                f"{length * options.thin} sweeps at a coupling of rho={splitting.rho:.3g} are few: along the widest "
+                f"direction of the prior an independent draw takes about {apart:.0f}; take more draws or thin, or "
+                "inverse.TwistedSMC"
+            )
         results = problem.results(kept) if length else {problem.site: kept}
         info = residual_chi(problem, kept)
     if splitting.metropolis:

@@ -138,6 +138,9 @@ def test_draws_agree_with_the_posterior() -> None:
     program = program_of(gaussian())
     problem = DiffusionProblem.of(program)
     posterior = ppl.infer(program, SplitGibbs(steps=1, warmup=60), draws=150, chains=40, seed=0)
+    assert any("sweeps at a coupling" in note for note in posterior.attrs["notes"])
+    vague = ppl.infer(program_of(gaussian(), 5.0), SplitGibbs(steps=1, warmup=0), draws=50, chains=1)
+    assert vague.attrs["notes"] == []
     exact, x = posterior_of(problem), posterior["x"]
     assert x.shape == (40, 150, 4)
     z = []
