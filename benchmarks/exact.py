@@ -70,7 +70,8 @@ def gaussian_table(names: dict[str, tuple[Callable[[], ppl.Backend], int, int]])
             r = rows[-1]
             print(
                 f"{r.name:34s} sigma {r.sigma:<5g} mean |z| max {r.mean_z:8.2f}   "
-                f"variance ratio {r.low:6.3f} .. {r.high:<8.3f} (s.e. {r.stderr:.3f})   {r.evals:7.1f} evals/draw  {r.seconds:6.1f} s",
+                f"variance ratio {r.low:6.3f} .. {r.high:<8.3f} (s.e. {r.stderr:.3f})   "
+                f"{r.evals:7.1f} evals/draw  {r.seconds:6.1f} s",
                 flush=True,
             )
     return rows

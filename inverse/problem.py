@@ -11,42 +11,11 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import Likelihood, read_likelihood
-from ppl.cost import Cost
+from ppl.cost import Cost, DenoiserCounter
 from ppl.program import Program
 from ppl.sites import unwrap
 
 __all__ = ["DiffusionProblem"]
-
-
-class _Counter:
-    """What a prior counts into (`sde.denoiser.CallCount`), writing to the cost of a run."""
-
-    def __init__(self, cost: Cost) -> None:
-        self.cost = cost
-
-    @property
-    def calls(self) -> int:
-        return self.cost.denoiser_calls
-
-    @calls.setter
-    def calls(self, value: int) -> None:
-        self.cost.denoiser_calls = value
-
-    @property
-    def evals(self) -> int:
-        return self.cost.denoiser_evals
-
-    @evals.setter
-    def evals(self, value: int) -> None:
-        self.cost.denoiser_evals = value
-
-    @property
-    def vjps(self) -> int:
-        return self.cost.vjps
-
-    @vjps.setter
-    def vjps(self, value: int) -> None:
-        self.cost.vjps = value
 
 
 @dataclass(frozen=True)
@@ -111,7 +80,7 @@ class DiffusionProblem:
     @contextmanager
     def counting(self, cost: Cost) -> Iterator[None]:
         """Count the denoiser calls made inside straight into `cost`, as they happen."""
-        counter = _Counter(cost)
+        counter = DenoiserCounter(cost)
         self.prior.counters.append(counter)
         try:
             yield

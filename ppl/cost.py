@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+import torch
+
 from ppl.errors import OptionError
 
-__all__ = ["Cost"]
+__all__ = ["Cost", "DenoiserCounter"]
 
 
 @dataclass
@@ -93,3 +95,52 @@ class Cost:
 
 
 _FIELDS = tuple(field.name for field in fields(Cost))
+
+
+class DenoiserCounter:
+    """Counts the denoiser calls of a prior straight into a cost, as an entry of the prior's list of `counters`.
+
+    Args:
+        cost: of the run.
+        recorded: count the rows that are denoised while gradients are recorded as differentiated once, for engines
+            that differentiate through the sampler; guided samplers count their own vjps.
+
+    Example:
+        >>> cost = Cost()
+        >>> counter = DenoiserCounter(cost)
+        >>> counter.calls += 1
+        >>> cost.denoiser_calls
+        1
+    """
+
+    def __init__(self, cost: Cost, *, recorded: bool = False) -> None:
+        self.cost, self.recorded = cost, recorded
+
+    @property
+    def calls(self) -> int:
+        """Calls, whatever the batch."""
+        return self.cost.denoiser_calls
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self.cost.denoiser_calls = value
+
+    @property
+    def evals(self) -> int:
+        """Rows denoised."""
+        return self.cost.denoiser_evals
+
+    @evals.setter
+    def evals(self, value: int) -> None:
+        if self.recorded and torch.is_grad_enabled():
+            self.cost.vjps += value - self.cost.denoiser_evals
+        self.cost.denoiser_evals = value
+
+    @property
+    def vjps(self) -> int:
+        """Rows differentiated."""
+        return self.cost.vjps
+
+    @vjps.setter
+    def vjps(self, value: int) -> None:
+        self.cost.vjps = value

@@ -20,6 +20,7 @@ import torch
 from pyro.infer.reparam.reparam import Reparam
 
 from ppl.backend import Backend, register
+from ppl.cost import DenoiserCounter
 from ppl.errors import CapabilityError, OptionError, ProgramError
 from ppl.sites import unwrap
 
@@ -109,47 +110,11 @@ class NoiseSpace:
         return replace(posterior, attrs={**posterior.attrs, "backend": name, "noise_space": sorted(lifted.lifted)})
 
 
-class _Count:
-    """What a distribution's `counters` expect: `calls` and `evals` to add to, kept in a cost.
-
-    Rows that are denoised while gradients are recorded are differentiated once.
-    """
-
-    def __init__(self, cost: Cost) -> None:
-        self.cost = cost
-
-    @property
-    def calls(self) -> int:
-        return self.cost.denoiser_calls
-
-    @calls.setter
-    def calls(self, value: int) -> None:
-        self.cost.denoiser_calls = value
-
-    @property
-    def evals(self) -> int:
-        return self.cost.denoiser_evals
-
-    @evals.setter
-    def evals(self, value: int) -> None:
-        if torch.is_grad_enabled():
-            self.cost.vjps += value - self.cost.denoiser_evals
-        self.cost.denoiser_evals = value
-
-    @property
-    def vjps(self) -> int:
-        return self.cost.vjps
-
-    @vjps.setter
-    def vjps(self, value: int) -> None:
-        self.cost.vjps = value
-
-
 @contextmanager
 def _counted(program: Program, cost: Cost) -> Iterator[None]:
     """Count the denoiser calls of lifted sites, where their distributions keep a list of `counters`."""
     bases = {id(b): b for n in program.lifted if hasattr(b := unwrap(program.sites[n].distribution), "counters")}
-    count = _Count(cost)
+    count = DenoiserCounter(cost, recorded=True)
     lists = {id(b.counters): b.counters for b in bases.values()}
     for counters in lists.values():
         counters.append(count)
