@@ -124,7 +124,7 @@ def run_demo(output: str | Path = "demo", *, size: Size = "normal", seed: int = 
             break
     page = write_page(place / "report.html", "Pilotlight: one program, many posteriors", sections)
     written = [page]
-    if comparisons["fashion"].posteriors:
+    if any(len(p) > 0 for p in comparisons["fashion"].posteriors.values()):
         written.append(write_figure(comparisons["fashion"], place / "report.png"))
     print(f"wrote {', '.join(map(str, written))} and the posteriors in {place}/*/ in {time.monotonic() - began:.0f} s")
     return all(c.complete for c in comparisons.values())

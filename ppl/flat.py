@@ -108,7 +108,7 @@ class FlatDensity:
         noise = z.clone().requires_grad_()
         with torch.enable_grad():
             lane, log_noise = self._lane(noise)
-        built = tuple(leaf.site for leaf in self._outside)
+        built = tuple(_built(leaf) for leaf in self._outside)
         detached = {n: v.detach() for n, v in lane.items()}
         function = self._density(detached)
         value, grads = function.value_and_grad(detached, self._shared(subsample, params), ("z", *built, *wrt))
@@ -120,7 +120,7 @@ class FlatDensity:
         """Capture, and compile where it pays, for `calls` calls at the lane count of `z`; says what was chosen."""
         with torch.no_grad():
             lane, _ = self._lane(z)
-        wrt = ("z", *(leaf.site for leaf in self._outside), *(f"param.{n}" for n in params)) if gradient else None
+        wrt = ("z", *(_built(leaf) for leaf in self._outside), *(f"param.{n}" for n in params)) if gradient else None
         return self._density(lane).prepare(lane, self._shared(), wrt=wrt, calls=calls)
 
     def one_lane(self) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
@@ -179,7 +179,7 @@ class FlatDensity:
         for leaf in self.layout.leaves.values():
             if leaf.noise:
                 out[f"{leaf.site}_noise"] = z[:, leaf.start : leaf.stop].reshape(-1, *leaf.shape)
-        out |= {n: lane[n] for n in built}
+        out |= {leaf.site: lane[_built(leaf)] for leaf in self._outside}
         return {n: out[n] for n in [*self.layout.leaves, *(k for k in out if k not in self.layout.leaves)]}
 
     def ravel(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -248,7 +248,7 @@ class FlatDensity:
         log_noise = z.new_zeros(len(z))
         for leaf in self._outside:
             noise = z[:, leaf.start : leaf.stop]
-            lane[leaf.site] = self._build(leaf, noise)
+            lane[_built(leaf)] = self._build(leaf, noise)
             log_noise = log_noise - 0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
         return self.program.lane_inputs(lane), log_noise
 
@@ -269,10 +269,15 @@ class FlatDensity:
 
     def _run(self, lane: Mapping[str, Tensor]) -> Run:
         """Settings of one run of the model from the graph inputs of one draw."""
-        built = {leaf.site: lane[leaf.site] for leaf in self._outside}
+        built = {leaf.site: lane[_built(leaf)] for leaf in self._outside}
         enumerate_ = bool(self.program.discrete)
         return Run(z=lane["z"], layout=self.layout, values=built, unscored=frozenset(built), enumerate_=enumerate_)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ShapeError(f"expected unconstrained vectors of shape (lanes, {self.dim}), got {tuple(z.shape)}")
+
+
+def _built(leaf: Leaf) -> str:
+    """Name of a graph input that holds a site built outside the graph; a site may be called "z" as well."""
+    return f"built.{leaf.site}"

@@ -258,3 +258,20 @@ def test_reparam_shapes_and_refusals() -> None:
         lift.apply({**message, "fn": dist.Normal(0.0, 1.0), "is_observed": False})
     with pytest.raises(ProgramError, match="masked"):
         lift.apply({**message, "fn": Walk(torch.ones(2)).mask(torch.tensor([True, False])), "is_observed": False})
+
+
+def test_a_lifted_site_may_be_called_z() -> None:
+    """The name of the flat vector inside a graph is not taken from the user's sites."""
+
+    def named(site: str) -> ppl.Program:
+        def model(y: Tensor) -> None:
+            path = pyro.sample(site, Walk(1.0))
+            pyro.sample("y", dist.Normal(path[-1], 0.5), obs=y)
+
+        return ppl.Program(model, torch.tensor(1.0)).noise_space()
+
+    z = torch.randn(3, T, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(
+        named("z").flat().log_density_and_grad(z), named("path").flat().log_density_and_grad(z), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
