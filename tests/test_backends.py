@@ -52,6 +52,7 @@ def gaussian() -> ppl.Program:
 
 # Name in the registry -> backends with few steps, each with a program that fits it.
 CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
+    "DAPS": [(inverse.DAPS(steps=4), linear), (inverse.DAPS(steps=3, inner="hmc", inner_steps=3), linear)],
     "DDNM": [(inverse.DDNM(steps=4), linear), (inverse.DDNM(steps=4, travel_length=2, travel_repeats=2), linear)],
     "DDRM": [(inverse.DDRM(steps=4), linear)],
     "DPS": [(inverse.DPS(steps=4), linear)],
@@ -71,9 +72,14 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(1), steps=8)), linear),
     ],
     "PiGDM": [(inverse.PiGDM(steps=4), linear)],
+    "PnPDM": [
+        (inverse.PnPDM(steps=3, warmup=3), linear),
+        (inverse.PnPDM(steps=3, warmup=3, inner="mala", inner_steps=2), linear),
+    ],
     "Pyro": [(ppl.Pyro(PyroNUTS, warmup=4), plain)],
     "REDDiff": [(inverse.REDDiff(steps=6, scale="likelihood"), linear), (inverse.REDDiff(steps=6), linear)],
     "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
+    "SplitGibbs": [(inverse.SplitGibbs(steps=3, warmup=3), linear)],
     "TwistedSMC": [
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
         (inverse.TwistedSMC(steps=4, particles=12, guide=inverse.PiGDMGuide(), runs=2), linear),
