@@ -155,6 +155,34 @@ def test_draws_agree_with_the_posterior() -> None:
     assert posterior.attrs["rho"] == pytest.approx(0.9 / float(problem.likelihood.gaussian.operator.norm()))
 
 
+def test_modes_get_their_weights() -> None:
+    """Two modes of a mixture, 0.3 and 0.7 of the prior, seen through noise 1.5: weight, mean and square by their own
+    ESS, false alarm 1e-5, and 1 % of a standard deviation for the steps of the reverse diffusion."""
+    means = torch.tensor([[-1.5], [1.5]], dtype=F64)
+    prior = GaussianMixture(torch.tensor([0.3, 0.7], dtype=F64), means, torch.tensor([0.25, 0.16], dtype=F64))
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x, 1.5).to_event(1), obs=y)
+
+    y = torch.tensor([-0.5], dtype=F64)
+    exact = prior.condition_linear(torch.eye(1, dtype=F64), y, 1.5**2)
+    posterior = ppl.infer(Program(model, y), SplitGibbs(steps=15, warmup=40), draws=80, chains=100)
+    x = posterior["x"][..., 0]
+    variance = float(exact.covariance_matrix[0, 0])
+    parts = dist.Normal(exact.means[:, 0], exact.covariances[:, 0, 0].sqrt())
+    negative = float((exact.weights * parts.cdf(torch.zeros(2, dtype=F64))).sum())
+    assert 0.3 < negative < 0.7
+    for statistic, expected in (
+        (x, float(exact.mean)),
+        (x.square(), variance + float(exact.mean) ** 2),
+        ((x < 0).to(F64), negative),
+    ):
+        error = float(statistic.mean()) - expected
+        sd = float(statistic.std())
+        assert abs(error) < z_bound(1e-5, 3) * sd / float(ess_of(statistic).sqrt()) + 0.01 * sd
+
+
 def test_metropolis_leaves_the_conditional_of_z_alone() -> None:
     """20000 exact draws of z given x, moved 3 times by large steps: 8 statistics, false alarm 1e-5.
 
