@@ -509,7 +509,8 @@ class GaussianMixture(DenoisingPrior):
     def _observed(self, A: Tensor, y: Tensor, R: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """A over the flattened event, y - A c, and R as a matrix; checked."""
         d = self.event_shape.numel()
-        A, y = (torch.as_tensor(t).to(self.device, self.dtype) for t in (A, y))
+        # The dtype goes in at once: a Python number would pass through float32.
+        A, y = (torch.as_tensor(t, dtype=self.dtype, device=self.device) for t in (A, y))
         if A.ndim < 1 or A.numel() != A.shape[0] * d:
             raise ValueError(
                 f"A has shape {tuple(A.shape)}, expected (m, {d}) or (m, *{tuple(self.event_shape)}) for this event"
@@ -519,7 +520,7 @@ class GaussianMixture(DenoisingPrior):
         y = y.reshape(-1)
         if len(y) != m:
             raise ValueError(f"y has {len(y)} entries, but A has {m} rows")
-        noise = torch.as_tensor(R).to(self.device, self.dtype)
+        noise = torch.as_tensor(R, dtype=self.dtype, device=self.device)
         if noise.ndim < 2 and noise.shape in ((), (1,), (m,)):
             noise = torch.diag(noise.expand(m))
         if noise.shape != (m, m):
