@@ -30,6 +30,7 @@ __all__ = ["FlatDensity"]
 
 INITIAL_TRIES = 100
 LANES_AT_ONCE = 256
+FAR = 1e4  # standard normal noise is never as large
 
 
 class FlatDensity:
@@ -248,8 +249,12 @@ class FlatDensity:
         log_noise = z.new_zeros(len(z))
         for leaf in self._outside:
             noise = z[:, leaf.start : leaf.stop]
+            # A trajectory that diverges asks for points out there; the density says no without building them.
+            lost = ~(noise.detach().abs().amax(1) < FAR)
+            noise = torch.where(lost[:, None], 0.0, noise)
             lane[_built(leaf)] = self._build(leaf, noise)
             log_noise = log_noise - 0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
+            log_noise = torch.where(lost, -math.inf, log_noise)
         return self.program.lane_inputs(lane), log_noise
 
     def _density(self, lane: Mapping[str, Tensor]) -> LaneFunction:

@@ -1,0 +1,125 @@
+"""Runs killed by a real SIGKILL half-way go on to the draws of a run that nobody touched; SIGINT returns what there is.
+
+Each case runs in a process of its own, which kills itself from the callback after the checkpoint of that step. NUTS
+keeps its finished chains; the others resume in the middle.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import inverse
+import ppl
+from models.references import gaussian_problem
+
+F64 = torch.float64
+DRAWS, CHAINS, SEED = 8, 2, 3
+
+
+def linear() -> ppl.Program:
+    return gaussian_problem(0.3, dim=3, observations=2).program
+
+
+def plain() -> ppl.Program:
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=F64), 0.5))
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mu, scale).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+# Name -> (backend, program).
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
+    "DPS": (lambda: inverse.DPS(steps=10), linear),
+    "EllipticalSlice": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
+    "Gibbs": (lambda: ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
+    "HMC": (lambda: ppl.HMC(warmup=20, max_steps=8), plain),
+    "MomentMatching": (lambda: inverse.MomentMatching(steps=6), linear),
+    "NUTS": (lambda: ppl.NUTS(warmup=10), plain),
+    "SVI": (lambda: ppl.SVI(guide=ppl.FullRank(), steps=12), plain),
+    "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
+}
+
+
+def run(name: str, **options: Any) -> ppl.Posterior:
+    make, program = CASES[name]
+    return ppl.infer(program(), make(), DRAWS, CHAINS, SEED, **options)
+
+
+def _child(name: str, folder: str, after: int, how: int) -> None:
+    """The run, in a process that sends itself a signal in its `after`-th event."""
+    torch.set_num_threads(1)
+    seen = 0
+
+    def strike(event: ppl.Event) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == after:
+            os.kill(os.getpid(), how)
+
+    run(name, callback=strike, checkpoint=folder, checkpoint_every=0).save(f"{folder}.posterior")
+
+
+def killed(name: str, folder: Path, after: int, how: signal.Signals) -> int | None:
+    """Exit code of the run in a process of its own; a server imports torch once and forks the others."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_child, args=(name, str(folder), after, int(how)))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_run_resumes_to_the_same_draws(name: str, tmp_path: Path) -> None:
+    events: list[ppl.Event] = []
+    whole = run(name, callback=lambda event: events.append(event))
+    folder = tmp_path / "run"
+    done = killed(name, folder, len(events) // 2 + 1, signal.SIGKILL)
+    assert done == -signal.SIGKILL
+    assert any(path.is_file() for path in folder.rglob("*")), "nothing was stored before the kill"
+    again: list[ppl.Event] = []
+    resumed = run(name, callback=lambda event: again.append(event), checkpoint=folder, checkpoint_every=0)
+    assert len(again) < len(events), "the run began anew"
+    assert resumed.complete
+    for site, values in whole.draws.items():
+        torch.testing.assert_close(resumed.draws[site], values, rtol=1e-9, atol=1e-12)
+    assert resumed.cost.seconds > 0
+    work = ("denoiser_evals", "density_evals", "gradient_evals")
+    spent = sum(getattr(resumed.cost, n) for n in work)
+    assert spent >= sum(getattr(whole.cost, n) for n in work), "what was spent before the kill is missing in the cost"
+
+
+@pytest.mark.parametrize("name", ["HMC", "TwistedSMC"])
+def test_ctrl_c_returns_what_there_is(name: str, tmp_path: Path) -> None:
+    """SIGINT three quarters in: the process ends well, with a posterior that says it is incomplete."""
+    events: list[ppl.Event] = []
+    whole = run(name, callback=lambda event: events.append(event))
+    folder = tmp_path / "run"
+    done = killed(name, folder, 3 * len(events) // 4, signal.SIGINT)
+    assert done == 0
+    part = ppl.Posterior.load(Path(str(folder) + ".posterior"))
+    assert not part.complete
+    assert "Ctrl-C" in part.attrs["stopped"]
+    assert 0 < len(part) < len(whole)
+    for site, values in part.draws.items():
+        chains, length = values.shape[:2]
+        torch.testing.assert_close(values, whole.draws[site][:chains, :length], rtol=1e-9, atol=1e-12)
+    resumed = run(name, checkpoint=folder, checkpoint_every=0)
+    for site, values in whole.draws.items():
+        torch.testing.assert_close(resumed.draws[site], values, rtol=1e-9, atol=1e-12)
