@@ -115,8 +115,9 @@ def run(path: Path, source: str, problems: int) -> Iterator[dict[str, Any]]:
         if index in done:
             continue
         row = solve(index, source, discretised, held_out)
+        cut = path.exists() and path.stat().st_size > 0 and not path.read_text().endswith("\n")
         with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * cut + json.dumps(row) + "\n")
         yield row
 
 
