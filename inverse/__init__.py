@@ -8,10 +8,11 @@ from __future__ import annotations
 from inverse.exact import Exact
 from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
-from inverse.particles import TwistedSMC
+from inverse.particles import NoiseAndReturn, TwistedSMC
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
 from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
+from inverse.sensor import Censored, Quantised
 from inverse.split_gibbs import SplitGibbs
 from inverse.variational import REDDiff
 
@@ -20,6 +21,7 @@ __all__ = [
     "DDNM",
     "DDRM",
     "DPS",
+    "Censored",
     "DPSGuide",
     "DiffPIR",
     "DiffusionProblem",
@@ -31,9 +33,11 @@ __all__ = [
     "Likelihood",
     "MomentMatching",
     "MomentMatchingGuide",
+    "NoiseAndReturn",
     "PiGDM",
     "PiGDMGuide",
     "PnPDM",
+    "Quantised",
     "REDDiff",
     "SplitGibbs",
     "TMPDGuide",

@@ -72,6 +72,19 @@ class DiffusionProblem:
         """Device of the prior."""
         return torch.device(self.prior.device)
 
+    @property
+    def lowest_level(self) -> float:
+        """Last positive noise level for methods whose answer is blurred by it.
+
+        A network knows no level below the prior's own; an exact denoiser can go to a tenth of the smallest sd of a
+        component and of what the data resolve, sigma_y / ||A||.
+        """
+        if "exact_covariance" not in self.prior.capabilities:
+            return self.prior.sigma_min
+        low = self.prior.sigma_min / 5
+        norm = float(self.likelihood.gaussian.operator.norm()) if self.likelihood.is_gaussian else 0.0
+        return min(low, 0.1 / norm) if norm > 0 else low
+
     def noise(self, lanes: int, generator: torch.Generator, shape: torch.Size | None = None) -> Tensor:
         """Standard normal noise (lanes, *shape), the shape of the site by default; drawn in one call."""
         size = (lanes, *(self.shape if shape is None else shape))

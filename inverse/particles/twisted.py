@@ -100,8 +100,7 @@ class TwistedSMC:
         """Run the engine once or more for every chain."""
         problem = DiffusionProblem.of(program)
         with torch.no_grad(), problem.counting(monitor.cost):
-            sigmas = problem.prior.sigmas(self.steps)
-            kernel = particle_kernel(problem, sigmas, self.guide, self.solver, self.chunk, monitor.cost)
+            kernel = particle_kernel(problem, self._levels(problem), self.guide, self.solver, self.chunk, monitor.cost)
             found: list[tuple[Tensor, Merged]] = []
             for chain in range(chains):
                 done = self._chain(kernel, draws, chain, generator, monitor)
@@ -121,6 +120,13 @@ class TwistedSMC:
             info=_info(merged),
             attrs={"complete": len(found) == chains, "independent": "roots"},
         )
+
+    def _levels(self, problem: DiffusionProblem) -> Tensor:
+        """Noise levels: the prior's own for the closure, which draws its last step; lower ones for a guide's steps."""
+        prior = problem.prior
+        if self.guide is None:
+            return prior.sigmas(self.steps)
+        return prior.grid(prior.sigma_max, problem.lowest_level, prior.steps if self.steps is None else self.steps)
 
     def _chain(
         self, kernel: Kernel[Any], draws: int, chain: int, generator: torch.Generator, monitor: Monitor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inverse.guides.base import likelihood_gradient
 from inverse.problem import DiffusionProblem
-from inverse.samplers.guided import check_steps, lowest_level
+from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import check_level, run_trajectories
 from ppl.backend import Exactness, register
@@ -117,7 +117,7 @@ class DAPS:
             return self.schedule.grid(self.steps)
         low = self.sigma_min
         if low is None:
-            low = lowest_level(problem) if self.closed(problem) else problem.prior.data_std / 5
+            low = problem.lowest_level if self.closed(problem) else problem.prior.data_std / 5
         if not low < problem.prior.sigma_max:
             raise OptionError(f"sigma_min={low:.4g} is not below the prior's sigma_max={problem.prior.sigma_max:.4g}")
         return edm_grid(problem.prior.sigma_max, low, self.steps)

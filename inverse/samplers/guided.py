@@ -27,7 +27,7 @@ from ppl.posterior import Posterior
 from ppl.program import Program
 from sde import DDIM, Ancestral, Schedule, Solver
 
-__all__ = ["GuidedSampler", "check_steps", "guided_levels", "lowest_level", "residual_chi"]
+__all__ = ["GuidedSampler", "check_steps", "guided_levels", "residual_chi"]
 
 FAR = 1e6
 """Noise level, in units of data_std, at which x says nothing and the closure is that of the prior itself."""
@@ -150,7 +150,7 @@ def guided_levels(sampler: GuidedSampler, problem: DiffusionProblem) -> Tensor:
     corrected = getattr(sampler.solver, "needs_covariance", False)
     low = sampler.sigma_min
     if low is None:
-        low = prior.sigma_min if corrected else lowest_level(problem)
+        low = prior.sigma_min if corrected else problem.lowest_level
     if not low < prior.sigma_max:
         raise OptionError(f"sigma_min={low:.4g} is not below the prior's sigma_max={prior.sigma_max:.4g}")
     if sampler.informed_start and corrected and "exact_covariance" in prior.capabilities:
@@ -161,20 +161,6 @@ def guided_levels(sampler: GuidedSampler, problem: DiffusionProblem) -> Tensor:
             return torch.cat([far, far.new_tensor([low, 0.0])])
         return torch.cat([far, prior.grid(prior.sigma_max, low, steps - 1)])
     return prior.grid(prior.sigma_max, low, steps)
-
-
-def lowest_level(problem: DiffusionProblem) -> float:
-    """Last positive noise level for methods whose answer is blurred by it.
-
-    A network knows no level below the prior's own; an exact denoiser can go to a tenth of the smallest sd of a
-    component and of what the data resolve, sigma_y / ||A||.
-    """
-    prior, likelihood = problem.prior, problem.likelihood
-    if "exact_covariance" not in prior.capabilities:
-        return prior.sigma_min
-    low = prior.sigma_min / 5
-    norm = float(likelihood.gaussian.operator.norm()) if likelihood.is_gaussian else 0.0
-    return min(low, 0.1 / norm) if norm > 0 else low
 
 
 def residual_chi(problem: DiffusionProblem, x: Tensor) -> dict[str, Tensor]:

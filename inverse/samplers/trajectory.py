@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inverse.operators.base import SVD
 from inverse.problem import DiffusionProblem
-from inverse.samplers.guided import FAR_OFF, lowest_level, residual_chi
+from inverse.samplers.guided import FAR_OFF, residual_chi
 from inverse.samplers.lanes import Method, run_lanes
 from ppl.errors import CapabilityError, NotFiniteError
 from ppl.monitor import Monitor
@@ -68,7 +68,7 @@ def trajectory_levels(schedule: Schedule | None, steps: int, problem: DiffusionP
     """(steps + 1,) float64 levels: the schedule's, or the prior's grid down to what the data resolve; last 0."""
     if schedule is not None:
         return schedule.grid(steps)
-    return problem.prior.grid(problem.prior.sigma_max, lowest_level(problem), steps)
+    return problem.prior.grid(problem.prior.sigma_max, problem.lowest_level, steps)
 
 
 def check_level(x: Tensor, sigma: float) -> None:

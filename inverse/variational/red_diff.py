@@ -24,7 +24,7 @@ from torch import Tensor
 from inverse.guides.base import likelihood_gradient
 from inverse.guides.residual import misfit, residual_fn
 from inverse.problem import DiffusionProblem
-from inverse.samplers.guided import check_steps, lowest_level, residual_chi
+from inverse.samplers.guided import check_steps, residual_chi
 from inverse.samplers.lanes import Noise, check_chunk, run_lanes
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
@@ -159,7 +159,7 @@ class _Levels:
         self.options, self.problem, self.cost = options, problem, cost
         prior = problem.prior
         if options.schedule is None:
-            grid = prior.grid(prior.sigma_max, lowest_level(problem), options.steps)
+            grid = prior.grid(prior.sigma_max, problem.lowest_level, options.steps)
         else:
             grid = options.schedule.grid(options.steps)
         self.levels = [float(s) for s in grid[:-1]]
