@@ -113,7 +113,7 @@ class _Setter(Messenger):
         mask = _static_mask(msg)
         if mask is not None and fn.event_dim == 0:
             # A masked latent has a flat density; a standard normal in its place is independent of all else.
-            self.log_jacobian = self.log_jacobian + torch.where(mask, 0.0, -0.5 * u.square()).sum()
+            self.log_jacobian = self.log_jacobian + torch.where(mask.to(u.device), 0.0, -0.5 * u.square()).sum()
 
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] in self.run.params:

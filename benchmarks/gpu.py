@@ -1,0 +1,85 @@
+"""Seconds per draw on the CPU and on a CUDA device: digits and Fashion-MNIST with guided samplers, one thread of CPU.
+
+`python -m benchmarks.gpu` prints a line for each backend. Without a CUDA device it says so and ends well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+import inverse
+import models
+import ppl
+from inverse.operators import Mask
+
+
+def program_on(device: str, name: str) -> ppl.Program:
+    """Half of the pixels of an image drawn from the prior, under noise 0.2; the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    prior = models.load(name)
+    truth = prior.draw((1,), generator)[0]
+    seen = torch.rand(truth.shape, generator=generator) < 0.5
+    y = truth[seen] + 0.2 * torch.randn(int(seen.sum()), generator=generator)
+    prior = models.load(name, device=device)
+    mask = Mask(seen).to(device)
+
+    def model(y: torch.Tensor) -> None:
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(mask(x), 0.2).to_event(1), obs=y)
+
+    return ppl.Program(model, y.to(device))
+
+
+def backends(steps: int, particles: int) -> dict[str, ppl.Backend]:
+    return {
+        "DPS": inverse.DPS(steps=steps),
+        "PiGDM": inverse.PiGDM(steps=steps),
+        "TwistedSMC": inverse.TwistedSMC(steps=steps, particles=particles, runs=1),
+        "REDDiff": inverse.REDDiff(steps=steps),
+        "NoiseSpace(SVI)": ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(8), steps=steps)),
+    }
+
+
+def seconds(program: ppl.Program, backend: ppl.Backend, draws: int, repeats: int) -> float:
+    """Median wall time per draw; a first run warms up and is not counted."""
+    ppl.infer(program, backend, draws=draws)
+    walls = []
+    for seed in range(repeats):
+        start = time.perf_counter()
+        posterior = ppl.infer(program, backend, draws=draws, seed=seed)
+        posterior["x"].sum().item()  # waits for the device
+        walls.append(time.perf_counter() - start)
+    return statistics.median(walls) / draws
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--priors", nargs="*", default=["digits8x8", "fashion28x28"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"{torch.cuda.get_device_name()} beside one CPU thread, torch {torch.__version__}")
+    else:
+        print("there is no CUDA device here: times of the CPU alone")
+    for name in options.priors:
+        programs = {device: program_on(device, name) for device in devices}
+        for label, backend in backends(options.steps, options.draws).items():
+            times = [seconds(programs[device], backend, options.draws, options.repeats) for device in devices]
+            words = "   ".join(f"{device} {1e3 * t:8.2f} ms" for device, t in zip(devices, times, strict=True))
+            ratio = f"   {times[0] / times[1]:6.1f} times faster" if len(times) == 2 else ""
+            print(f"{name:14s} {label:18s} per draw: {words}{ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
