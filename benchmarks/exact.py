@@ -149,7 +149,7 @@ def gaussian_backends() -> dict[str, tuple[Callable[[], ppl.Backend], int, int]]
         # The noise posterior is 30 and 150 times as long as wide, along turned axes.
         "NoiseSpace(NUTS, low rank)": (lambda: ppl.NoiseSpace(ppl.NUTS(warmup=500, low_rank=True)), 1500, 4),
         "NoiseSpace(HMC)": (lambda: ppl.NoiseSpace(ppl.HMC(warmup=300)), 100, 64),
-        "NoiseSpace(EllipticalSlice)": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=3000, thin=250)), 4, 1024),
+        "NoiseSpace(EllipticalSlice)": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice()), 100, 256),
         "NoiseSpace(SVI full rank)": (lambda: ppl.NoiseSpace(ppl.SVI(guide=ppl.FullRank())), 10_000, 1),
         "PiGDM (100 levels)": (inverse.PiGDM, 5000, 1),
         "DPS (1000 levels)": (inverse.DPS, 1000, 1),

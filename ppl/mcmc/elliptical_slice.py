@@ -3,7 +3,8 @@
     z' = m + (z - m) cos(theta) + (nu - m) sin(theta),   nu ~ N(m, C),   log L(z') > log L(z) + log u
 
 The angle's bracket shrinks towards zero until the point is accepted; all chains shrink in one batch, and those still
-waiting are packed together.
+waiting are packed together. With many chains, N(m, C) is learned in warmup: L is then the posterior over N(m, C), which
+leaves the posterior invariant whatever m and C are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ppl.backend import Exactness, register
 from ppl.errors import CapabilityError, OptionError, ProgramError
+from ppl.mcmc.adaptation import windows
 from ppl.mcmc.target import fixed_density, posterior_of
 from ppl.sites import unwrap
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["EllipticalSlice"]
 
 INITIAL_TRIES = 100
+WIDER = 1.5  # variance of a learned ellipse over that of the chains
 SHRINKS = 200  # the bracket is far below rounding by then; the chain stays where it is
 
 
@@ -45,11 +48,15 @@ class EllipticalSlice:
     Args:
         warmup: transitions per chain, thrown away.
         thin: transitions between two draws that are kept.
+        adapt: learn the ellipse from the chains during warmup, and not take that of the prior, on which precise data
+            leave steps as small as noise over signal. None does with more than four chains for each dimension: fewer
+            cannot show in which directions the posterior is wide.
 
     Raises:
         OptionError: an option is out of range.
 
-    Source: Murray, Adams & MacKay (2010), figure 2 [inferred].
+    Source: Murray, Adams & MacKay (2010), figure 2 [inferred]; a learned ellipse: Nishihara, Murray & Adams (2014)
+    [inferred], with a normal in place of their t distribution.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -64,6 +71,7 @@ class EllipticalSlice:
 
     warmup: int = 500
     thin: int = 1
+    adapt: bool | None = None
 
     exact: ClassVar[Exactness] = "in_the_limit"
     limit: ClassVar[tuple[str, ...]] = ("draws",)
@@ -97,21 +105,31 @@ class EllipticalSlice:
             walk.z, walk.log_likelihood = stored["z"], stored["log_likelihood"]
             for target, name in ((kept, "draws"), (lp, "lp"), (evals, "evals")):
                 target[: len(stored[name])] = stored[name]
+        if stored is not None and "tril" in stored:
+            walk.take(Reference(stored["mean"], stored["tril"]))
         rows = self._rows(done)
+        window = self._windows(chains, flat.dim)
         for step in monitor.steps(total, "elliptical slice", start=start):
             count = walk.advance()
             done = step + 1
+            if done in window:
+                walk.learn(program.problems or 1)
             before, rows = rows, self._rows(done)
             if rows > before:
                 kept[before], evals[before] = walk.z, count
                 lp[before] = walk.log_likelihood + walk.prior.log_prob(walk.z)
             monitor.report(evaluations=float(count.double().mean()))
-            state = {"z": walk.z, "log_likelihood": walk.log_likelihood}
+            state = {"z": walk.z, "log_likelihood": walk.log_likelihood, **walk.reference()}
             monitor.checkpoint(done, {**state, "draws": kept[:rows], "lp": lp[:rows], "evals": evals[:rows]})
         if walk.stuck:
             monitor.note(f"{walk.stuck} transitions stayed in place after {SHRINKS} shrinks of the bracket")
         info = {"lp": lp[:rows], "n_steps": evals[:rows]}
         return posterior_of(program, flat, kept[:rows], info, monitor, complete=rows == draws)
+
+    def _windows(self, chains: int, dim: int) -> set[int]:
+        """Transitions after which the ellipse is learned; none in the last part of warmup, which forgets it."""
+        adapt = chains > 4 * dim if self.adapt is None else self.adapt
+        return {stop for _, stop in windows(self.warmup)} if adapt else set()
 
     def _rows(self, done: int) -> int:
         """Draws among the first `done` transitions."""
@@ -218,6 +236,43 @@ class GaussianPrior:
         return part if len(part) == 1 else part.repeat_interleave(lanes // len(part), 0)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A normal in place of the prior, for each problem: mean (problem, dim) and Cholesky factor (problem, dim, dim)."""
+
+    loc: Tensor
+    tril: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, problems: int) -> Reference:
+        """The moments of the chains (problem-major) of each problem, a little wider than they are."""
+        x = z.reshape(problems, -1, z.shape[1])
+        loc = x.mean(1)
+        centred = x - loc[:, None]
+        covariance = centred.mT @ centred / max(x.shape[1] - 1, 1)
+        scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(z.dtype).tiny)
+        # Too narrow an ellipse holds chains in the tails, too wide a one costs a few shrinks.
+        covariance = WIDER * covariance + 1e-6 * torch.diag_embed(scale)
+        return cls(loc, torch.linalg.cholesky(covariance))
+
+    def move(self, noise: Tensor) -> Tensor:
+        """Standard normal noise (lanes, dim) -> deviations from the mean."""
+        x = noise.reshape(len(self.loc), -1, noise.shape[1])
+        return (x @ self.tril.mT).reshape(noise.shape)
+
+    def mean(self, lanes: int, like: Tensor) -> Tensor:
+        """Mean (lanes, dim)."""
+        return self.loc.repeat_interleave(lanes // len(self.loc), 0)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density (lanes,) at z (lanes, dim)."""
+        x = z.reshape(len(self.loc), -1, z.shape[1]) - self.loc[:, None]
+        white = torch.linalg.solve_triangular(self.tril, x.mT, upper=False)
+        log_det = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        total = -0.5 * white.square().sum(1) - log_det[:, None] - 0.5 * math.log(2 * math.pi) * z.shape[1]
+        return total.reshape(-1)
+
+
 def _parameters(fn: Any, leaf: Leaf) -> dict[str, Tensor]:
     """Location and scale of one site, at the full shape of the site."""
     base = unwrap(fn)
@@ -248,7 +303,8 @@ class _Slices:
     def __init__(
         self, flat: FlatDensity, prior: GaussianPrior, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> None:
-        self.flat, self.prior, self.generator, self.monitor = flat, prior, generator, monitor
+        self.flat, self.generator, self.monitor = flat, generator, monitor
+        self.prior: GaussianPrior | Reference = prior
         program = flat.program
         self.lanes = chains * (program.problems or 1)
         self.z = torch.zeros(self.lanes, flat.dim, dtype=program.dtype, device=program.device)
@@ -274,6 +330,22 @@ class _Slices:
             f"no starting point with a finite likelihood was found in {INITIAL_TRIES} draws from the prior for "
             f"{int(bad.sum())} of {self.lanes} chains; check the data and the priors"
         )
+
+    def learn(self, problems: int) -> None:
+        """Take the ellipse of where the chains are now; what was the likelihood becomes the posterior over it."""
+        if self.lanes // problems < 3:
+            return
+        total = self.log_likelihood + self.prior.log_prob(self.z)
+        self.take(Reference.of(self.z, problems))
+        self.log_likelihood = total - self.prior.log_prob(self.z)
+
+    def take(self, reference: Reference) -> None:
+        """Walk on the ellipses of a reference."""
+        self.prior, self.mean = reference, reference.mean(self.lanes, self.z)
+
+    def reference(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep of a learned ellipse."""
+        return {"mean": self.prior.loc, "tril": self.prior.tril} if isinstance(self.prior, Reference) else {}
 
     def advance(self) -> Tensor:
         """One transition of every lane; returns the likelihood evaluations of each (lane,)."""

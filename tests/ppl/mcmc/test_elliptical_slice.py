@@ -133,3 +133,38 @@ def test_no_finite_likelihood():
 def test_bad_options(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         EllipticalSlice(**options)
+
+
+@pytest.mark.parametrize("problems", [False, True])
+def test_learned_ellipse_is_exact_and_survives_a_kill(problems, tmp_path):
+    """Data 200 times as precise as the prior along a turned axis: the prior's ellipse takes 1e4 transitions."""
+    direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
+
+    def narrow(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ direction, 0.005), obs=y)
+
+    program = Program(narrow, torch.tensor(1.0, dtype=torch.float64))
+    if problems:
+        program = program.over(y=torch.tensor([1.0, -0.5], dtype=torch.float64))
+    backend = EllipticalSlice(warmup=200)
+    run = {"draws": 100, "chains": 16, "seed": 1}
+    posterior = ppl.infer(program, backend, **run)
+    for i, y in enumerate((1.0, -0.5) if problems else (1.0,)):
+        x = posterior["x"][i] if problems else posterior["x"]
+        along, across = x @ direction, x @ torch.tensor([-0.8, 0.6], dtype=torch.float64)
+        shrunk = 1 / (1 + 0.005**2)
+        both = torch.stack([(along - y * shrunk) / (0.005 * shrunk**0.5), across], -1)
+        assert z_scores(both, torch.zeros(2).double(), torch.ones(2).double()).max() < 5
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event):
+        if event.step == 210:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ppl.infer(program, backend, **run, callback=kill, checkpoint=tmp_path / "run", checkpoint_every=0)
+    resumed = ppl.infer(program, backend, **run, checkpoint=tmp_path / "run", checkpoint_every=0)
+    assert torch.equal(resumed["x"], posterior["x"])
