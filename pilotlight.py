@@ -218,28 +218,18 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from models.denoisers import TrainProgress, train
+    from models.denoisers import TrainProgress
     from models.scripts.train import RECIPES as KNOWN
-    from models.scripts.train import export
+    from models.scripts.train import export, run_stages, shortened
     from ppl.errors import OptionError
 
     name = RECIPES[options.prior]
     recipe = KNOWN[name]
-    config = recipe.config
+    stages = recipe.stages
     if options.steps is not None:
         if options.steps < 1:
             raise OptionError(f"steps must be one or more, got {options.steps}")
-        # The learning rate rises and falls over the same shares of a shorter run.
-        share = options.steps / config.steps
-        config = replace(
-            config,
-            steps=options.steps,
-            warmup=int(config.warmup * min(share, 1)),
-            cooldown=int(config.cooldown * share),
-            evaluate_every=max(1, min(config.evaluate_every, options.steps)),
-        )
+        stages = shortened(stages, options.steps)
 
     def say(now: TrainProgress) -> None:
         if now.held_out is not None and not options.quiet:
@@ -248,13 +238,11 @@ def _train(options: argparse.Namespace) -> int:
     data = recipe.data()
     checkpoint = options.checkpoint or Path(options.out) / f"{name}.checkpoint.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    trained = train(
-        data, config, checkpoint=checkpoint, callback=say, device=options.device, progress=not options.quiet
-    )
-    if trained.interrupted:
-        print(f"interrupted at step {trained.step}; the same command goes on from {checkpoint}")
+    done = run_stages(stages, data, checkpoint, callback=say, device=options.device, progress=not options.quiet)
+    if done[-1].interrupted:
+        print(f"interrupted at step {done[-1].step}; the same command goes on from {checkpoint}")
         return 130
-    print(f"wrote {export(name, trained, data, Path(options.out))}")
+    print(f"wrote {export(name, done, data, Path(options.out))}")
     return 0
 
 

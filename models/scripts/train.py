@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +100,54 @@ RECIPES = {
 }
 
 
+def shortened(stages: Sequence[TrainConfig], steps: int) -> tuple[TrainConfig, ...]:
+    """The same stages in about `steps` steps altogether; learning rates rise and fall over the same shares."""
+    share = steps / sum(config.steps for config in stages)
+
+    def scaled(config: TrainConfig) -> TrainConfig:
+        own = max(1, round(config.steps * share))
+        return replace(
+            config,
+            steps=own,
+            warmup=int(config.warmup * min(share, 1)),
+            cooldown=int(config.cooldown * share),
+            evaluate_every=max(1, min(config.evaluate_every, own)),
+        )
+
+    return tuple(scaled(config) for config in stages)
+
+
+def run_stages(
+    stages: Sequence[TrainConfig],
+    data: ImageData,
+    path: Path,
+    *,
+    callback: Callable[[TrainProgress], None],
+    device: str,
+    progress: bool = True,
+) -> list[TrainedDenoiser]:
+    """Train stage after stage, each from the weights of the one before; ends early when one is interrupted.
+
+    Args:
+        stages: options of each stage.
+        data: images.
+        path: checkpoint of the first stage; later ones are numbered beside it.
+        callback: called with the progress.
+        device: where to train.
+        progress: show a bar.
+    """
+    done: list[TrainedDenoiser] = []
+    for stage, config in enumerate(stages):
+        place = path if stage == 0 else path.with_suffix(f".{stage + 1}{path.suffix}")
+        initial = done[-1].network if done else None
+        done.append(
+            train(data, config, initial=initial, checkpoint=place, callback=callback, device=device, progress=progress)
+        )
+        if done[-1].interrupted:
+            break
+    return done
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train one recipe, resuming from its checkpoint if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,14 +167,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     path = options.checkpoint or Path("runs") / f"{options.name}.safetensors"
     data = recipe.data()
-    done: list[TrainedDenoiser] = []
-    for stage, config in enumerate(recipe.stages):
-        place = path if stage == 0 else path.with_suffix(f".{stage + 1}{path.suffix}")
-        initial = done[-1].network if done else None
-        done.append(train(data, config, initial=initial, checkpoint=place, callback=say, device=options.device))
-        if done[-1].interrupted:
-            print(f"interrupted at step {done[-1].step}; the same command goes on from {place}")
-            return
+    done = run_stages(recipe.stages, data, path, callback=say, device=options.device)
+    if done[-1].interrupted:
+        print(f"interrupted at step {done[-1].step} of stage {len(done)}; the same command goes on from {path.parent}")
+        return
     print(export(options.name, done, data))
 
 
