@@ -34,7 +34,7 @@ class _Scale:
 
 SCALES: dict[str, _Scale] = {
     "smoke": _Scale(4, 4, 6, 4, 2, 6, 1),
-    "normal": _Scale(64, 50, 200, 192, 32, 150, 10),
+    "normal": _Scale(64, 50, 200, 192, 32, 60, 10),
     "full": _Scale(512, 100, 1000, 2000, 256, 2000, 100),
 }
 
@@ -68,10 +68,10 @@ def digits_backends(size: Size = "normal") -> dict[str, Any]:
 
     scale = SCALES[size]
     blocks: dict[tuple[str, ...], Any] = {
-        ("x",): NoiseAndReturn(steps=4 if size == "smoke" else 15, particles=2 if size == "smoke" else 8),
+        ("x",): NoiseAndReturn(steps=4 if size == "smoke" else 12, particles=2 if size == "smoke" else 8),
         ("sigma",): ppl.SliceKernel(),
     }
-    svi = ppl.SVI(guide=ppl.FullRank(), steps=scale.digits_svi_steps, particles=4, lr=0.05)
+    svi = ppl.SVI(guide=ppl.FullRank(), steps=scale.digits_svi_steps, particles=8, lr=0.1)
     backends: dict[str, Any] = {
         "Gibbs": ppl.Gibbs(blocks, warmup=scale.gibbs_warmup),
         "noise-space SVI": ppl.NoiseSpace(svi),
