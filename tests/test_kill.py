@@ -61,6 +61,7 @@ def run(name: str, **options: Any) -> ppl.Posterior:
 def _child(name: str, folder: str, after: int, how: int) -> None:
     """The run, in a process that sends itself a signal in its `after`-th event."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, or a server, may have it ignored
     seen = 0
 
     def strike(event: ppl.Event) -> None:
