@@ -19,13 +19,10 @@ from inverse.guides.base import likelihood_gradient
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
-from inverse.samplers.trajectory import check_level, run_trajectories
+from inverse.samplers.trajectory import TrajectorySampler, check_level
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule, edm_grid
 
 __all__ = ["DAPS"]
@@ -35,7 +32,7 @@ Inner = Literal["auto", "closed", "langevin", "hmc"]
 
 @register
 @dataclass(frozen=True)
-class DAPS:
+class DAPS(TrajectorySampler):
     r"""DAPS with the likelihood of the program, at its own noise level; any differentiable likelihood, no vjp.
 
     Never exact: it takes x_0 | x_s for N(x^, s^2 I), which is too wide at large s, and x^ is a point of the flow and no
@@ -129,21 +126,6 @@ class DAPS:
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Decoupled:
         """The steps that lanes take on a problem."""
         return _Decoupled(self, problem, self.levels(problem), Cost() if cost is None else cost)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_trajectories(
-            self.method(problem, monitor.cost),
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=self.chunk,
-            generator=generator,
-            monitor=monitor,
-        )
 
 
 class _Decoupled:

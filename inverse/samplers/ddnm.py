@@ -14,19 +14,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
-from inverse.samplers.trajectory import SpectralData, run_trajectories, trajectory_levels
+from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule
 
 __all__ = ["DDNM"]
@@ -34,7 +30,7 @@ __all__ = ["DDNM"]
 
 @register
 @dataclass(frozen=True)
-class DDNM:
+class DDNM(TrajectorySampler):
     """DDNM+ with the noise of the program, for linear data with Gaussian noise and an operator with a decomposition.
 
     Never exact: the steps leave out the spread of x_0 given x, and in the row space they forget the prior. No vjp.
@@ -97,21 +93,6 @@ class DDNM:
         """The steps that lanes take on a problem."""
         path = self.path(trajectory_levels(self.schedule, self.steps, problem).tolist())
         return _NullSpace(self, problem, SpectralData.of(problem, "DDNM"), path, Cost() if cost is None else cost)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_trajectories(
-            self.method(problem, monitor.cost),
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=self.chunk,
-            generator=generator,
-            monitor=monitor,
-        )
 
 
 class _NullSpace:

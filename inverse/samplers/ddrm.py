@@ -19,13 +19,10 @@ from torch import Tensor
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
-from inverse.samplers.trajectory import SpectralData, run_trajectories, trajectory_levels
+from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule
 
 __all__ = ["DDRM"]
@@ -33,7 +30,7 @@ __all__ = ["DDRM"]
 
 @register
 @dataclass(frozen=True)
-class DDRM:
+class DDRM(TrajectorySampler):
     """DDRM with the noise of the program, for linear data with Gaussian noise and an operator with a decomposition.
 
     Never exact, not even for Gaussian priors: the steps leave out the spread of x_0 given x. No vjp.
@@ -87,21 +84,6 @@ class DDRM:
         """The steps that lanes take on a problem."""
         levels = trajectory_levels(self.schedule, self.steps, problem)
         return _Restoration(self, problem, SpectralData.of(problem, "DDRM"), levels, Cost() if cost is None else cost)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_trajectories(
-            self.method(problem, monitor.cost),
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=self.chunk,
-            generator=generator,
-            monitor=monitor,
-        )
 
 
 class _Restoration:

@@ -10,19 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
-from inverse.samplers.trajectory import run_trajectories, trajectory_levels
+from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule
 
 __all__ = ["DiffPIR"]
@@ -30,7 +26,7 @@ __all__ = ["DiffPIR"]
 
 @register
 @dataclass(frozen=True)
-class DiffPIR:
+class DiffPIR(TrajectorySampler):
     """DiffPIR with the noise level of the program, for linear data with Gaussian noise.
 
     Never exact. lambda = 1 + a^2 / sd^2 would make the proximal step the posterior mean of an isotropic Gaussian prior;
@@ -79,21 +75,6 @@ class DiffPIR:
         """The steps that lanes take on a problem."""
         levels = trajectory_levels(self.schedule, self.steps, problem)
         return _Splitting(self, problem, levels, Cost() if cost is None else cost)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_trajectories(
-            self.method(problem, monitor.cost),
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=self.chunk,
-            generator=generator,
-            monitor=monitor,
-        )
 
 
 class _Splitting:

@@ -14,12 +14,14 @@ from inverse.operators.base import SVD
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import FAR_OFF, residual_chi
 from inverse.samplers.lanes import Method, run_lanes
+from ppl.cost import Cost
 from ppl.errors import CapabilityError, NotFiniteError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
+from ppl.program import Program
 from sde import Schedule
 
-__all__ = ["SpectralData", "check_level", "run_trajectories", "trajectory_levels"]
+__all__ = ["SpectralData", "TrajectorySampler", "check_level", "run_trajectories", "trajectory_levels"]
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,28 @@ def run_trajectories(
             "or MomentMatching"
         )
     return Posterior(draws=results, info=info, attrs={"complete": complete})
+
+
+class TrajectorySampler:
+    """The door of backends whose lanes run side by side; a subclass gives its options and `method`."""
+
+    chunk: int | None
+
+    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> Method:
+        """The steps that lanes take on a problem."""
+        raise CapabilityError(f"{type(self).__name__} has no steps; write method(problem, cost) in the subclass")
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Draw all chains side by side."""
+        problem = DiffusionProblem.of(program)
+        return run_trajectories(
+            self.method(problem, monitor.cost),
+            problem,
+            draws=draws,
+            chains=chains,
+            chunk=self.chunk,
+            generator=generator,
+            monitor=monitor,
+        )
