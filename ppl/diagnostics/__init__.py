@@ -15,6 +15,7 @@ from ppl.diagnostics.ess import (
     root_weights,
     z_bound,
 )
+from ppl.diagnostics.ksd import KSDTest, ksd_test, stein_kernel
 from ppl.diagnostics.mmd import MMDTest, mmd_squared, mmd_test
 from ppl.diagnostics.rank_tests import chi_square_p_value, ecdf_band, ecdf_p_value, ecdf_p_values
 from ppl.diagnostics.sliced import (
@@ -33,6 +34,7 @@ __all__ = [
     "Coverage",
     "Floor",
     "FloorRatio",
+    "KSDTest",
     "MMDTest",
     "SpreadSkill",
     "central_coverage",
@@ -47,6 +49,7 @@ __all__ = [
     "ess_of",
     "inside_central",
     "kish_ess",
+    "ksd_test",
     "log_evidence_stderr",
     "log_likelihood",
     "max_sliced_wasserstein",
@@ -64,6 +67,7 @@ __all__ = [
     "sliced_wasserstein",
     "sliced_wasserstein_floor",
     "spread_skill",
+    "stein_kernel",
     "wasserstein_1d",
     "z_bound",
 ]
