@@ -65,6 +65,20 @@ def test_ssim_by_hand_on_one_window() -> None:
     torch.testing.assert_close(ssim(x, y, (-1.0, 1.0)), expected)
 
 
+@pytest.mark.parametrize("side", [11, 16, 28])
+def test_psnr_and_ssim_are_those_of_scikit_image(side: int) -> None:
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    truth = randn(side, side + 3).clamp(-1, 1)
+    x = truth + 0.2 * randn(side, side + 3, seed=1)
+    theirs = structural_similarity(
+        truth.numpy(), x.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2.0
+    )
+    assert float(ssim(x, truth, (-1.0, 1.0))) == pytest.approx(theirs, rel=1e-10)
+    theirs = peak_signal_noise_ratio(truth.numpy(), x.numpy(), data_range=2.0)
+    assert float(psnr(x, truth, (-1.0, 1.0))) == pytest.approx(theirs, rel=1e-10)
+
+
 def test_ssim_batches_channels_and_small_images() -> None:
     truth = randn(3, 16, 12)
     x = randn(2, 3, 16, 12, seed=1)
