@@ -8,7 +8,6 @@ own error shows as well. Results are appended one problem at a time: a run that 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 import inverse
 import models
 import ppl
+from benchmarks import results
 from inverse.operators import Mask
 from ppl.diagnostics import central_coverage, ranks
 from sde import DiffusionPrior
@@ -91,16 +91,8 @@ def settings() -> str:
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
-    """Results made with the present settings; a line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["settings"] == settings():
-            rows.append(row)
-    return rows
+    """Results made with the present settings."""
+    return results.read(path, settings())
 
 
 def run(path: Path, source: str, problems: int) -> Iterator[dict[str, Any]]:
@@ -110,14 +102,11 @@ def run(path: Path, source: str, problems: int) -> Iterator[dict[str, Any]]:
     held_out = None if source == "prior" else models.digits().held_out
     if held_out is not None:
         problems = min(problems, len(held_out))
-    path.parent.mkdir(parents=True, exist_ok=True)
     for index in range(problems):
         if index in done:
             continue
         row = solve(index, source, discretised, held_out)
-        cut = path.exists() and path.stat().st_size > 0 and not path.read_text().endswith("\n")
-        with path.open("a") as file:
-            file.write("\n" * cut + json.dumps(row) + "\n")
+        results.append(path, row)
         yield row
 
 
