@@ -38,9 +38,10 @@ class FlatDensity:
 
     Args:
         program: the program; its discrete sites must be enumerable, they are summed out.
+        coordinates: for `constrain`, `ravel` and the layout alone; a diffusion prior may then stay as it is.
 
     Raises:
-        ProgramError: a discrete latent cannot be summed out.
+        ProgramError: a discrete latent cannot be summed out, or the density of a diffusion prior would be needed.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -54,7 +55,7 @@ class FlatDensity:
         (torch.Size([2]), torch.Size([2, 1]), tensor([1., 1.]))
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, coordinates: bool = False) -> None:
         hard = [n for n in program.discrete if "enumerable" not in program.sites[n].capabilities]
         if hard:
             raise ProgramError(
@@ -64,7 +65,7 @@ class FlatDensity:
         self.program = program
         sites = {n: s for n, s in program.latents.items() if not s.discrete}
         for name, site in sites.items():
-            if "denoiser" in site.capabilities and name not in program.lifted:
+            if "denoiser" in site.capabilities and name not in program.lifted and not coordinates:
                 raise ProgramError(
                     f"site {name!r} is a diffusion prior, whose density a generic engine cannot call at every step; "
                     "run the engine in its noise space, ppl.NoiseSpace(engine), or use a guided sampler from `inverse`"
