@@ -25,6 +25,8 @@ __all__ = [
     "EpsDenoiser",
     "Estimate",
     "GaussianMixture",
+    "KrylovCovariance",
+    "LowRankCovariance",
     "NetworkCovariance",
     "RectifiedFlow",
     "Schedule",
@@ -44,7 +46,7 @@ __all__ = [
     "sample",
 ]
 
-from sde.covariance import DenseCovariance, NetworkCovariance, SubspaceCovariance, TweedieCovariance
+from sde.covariance import DenseCovariance, SubspaceCovariance, TweedieCovariance
 from sde.denoiser import (
     CallCount,
     Denoiser,
@@ -57,8 +59,11 @@ from sde.denoiser import (
     count_calls,
 )
 from sde.diffusion import DiffusionPrior
+from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
+from sde.low_rank import LowRankCovariance
 from sde.mixture import GaussianMixture
+from sde.network_covariance import NetworkCovariance
 from sde.prior import DenoisingPrior
 from sde.schedule import (
     Cosine,

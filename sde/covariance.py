@@ -14,9 +14,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Size, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["DenseCovariance", "NetworkCovariance", "SubspaceCovariance", "TweedieCovariance"]
+__all__ = ["DenseCovariance", "SubspaceCovariance", "TweedieCovariance"]
 
 
 @runtime_checkable
@@ -66,7 +65,7 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     return root
 
 
-def _flat(v: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
+def flat_rows(v: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
     """(*extra, rows, d) from (*extra, *batch, *event)."""
     if v.shape[v.ndim - mean.ndim :] != mean.shape:
         raise ValueError(
@@ -78,7 +77,7 @@ def _flat(v: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
     return v.reshape(*extra, math.prod(mean.shape[:batch]), event_shape.numel())
 
 
-def _apply(matrices: Tensor, v: Tensor) -> Tensor:
+def apply_rows(matrices: Tensor, v: Tensor) -> Tensor:
     """(rows or 1, m, m) times (*extra, rows, m)."""
     if matrices.shape[0] == 1:
         return v @ matrices[0].mT
@@ -128,7 +127,7 @@ class SubspaceCovariance:
 
     def _spectral(self, v: Tensor, inside: Callable[[Tensor], Tensor], outside: Tensor) -> Tensor:
         """Apply one map inside the subspace and a multiple of the identity outside."""
-        flat = _flat(v, self.mean, self.event_shape)
+        flat = flat_rows(v, self.mean, self.event_shape)
         c = self._coordinates(flat)
         if self.basis is None:
             return inside(c).reshape(v.shape)
@@ -137,7 +136,7 @@ class SubspaceCovariance:
 
     def matvec(self, v: Tensor) -> Tensor:
         """C v, for v: (*extra, *batch, *event)."""
-        return self._spectral(v, lambda c: _apply(self.core, c), self.outside)
+        return self._spectral(v, lambda c: apply_rows(self.core, c), self.outside)
 
     @cached_property
     def _root(self) -> Tensor:
@@ -146,7 +145,7 @@ class SubspaceCovariance:
 
     def sample(self, noise: Tensor) -> Tensor:
         """C^(1/2) noise, for noise: (*extra, *batch, *event)."""
-        return self._spectral(noise, lambda c: _apply(self._root, c), self.outside.sqrt())
+        return self._spectral(noise, lambda c: apply_rows(self._root, c), self.outside.sqrt())
 
     def _shifted(self, scale: Tensor | float, shift: Tensor | float) -> Tensor:
         """scale H + shift I."""
@@ -172,24 +171,24 @@ class SubspaceCovariance:
 
     def dense(self) -> Tensor:
         """(*batch, d, d) the matrices, over the flattened event."""
-        return _dense(self.matvec, self.mean, self.event_shape)
+        return dense_matrices(self.matvec, self.mean, self.event_shape)
 
     def select(self, index: Tensor) -> SubspaceCovariance:
         """The operators of the rows `index` of the first batch axis, as resampling needs them."""
-        rows = _row_index(index, self.mean, self.event_shape)
+        rows = row_index(index, self.mean, self.event_shape)
         core = self.core if self.core.shape[0] == 1 else self.core[rows]
         outside = self.outside if self.outside.shape[0] == 1 else self.outside[rows]
         extra = None if self.extra is None else self.extra[rows]
         return SubspaceCovariance(self.mean[index], self.event_shape, core, outside, self.basis, extra)
 
 
-def _row_index(index: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
+def row_index(index: Tensor, mean: Tensor, event_shape: Size) -> Tensor:
     """Rows of the flattened batch that belong to entries `index` of its first axis."""
     inner = math.prod(mean.shape[1 : mean.ndim - len(event_shape)])
     return (index[:, None] * inner + torch.arange(inner, device=index.device)).flatten()
 
 
-def _dense(matvec: Callable[[Tensor], Tensor], mean: Tensor, event_shape: Size) -> Tensor:
+def dense_matrices(matvec: Callable[[Tensor], Tensor], mean: Tensor, event_shape: Size) -> Tensor:
     """(*batch, d, d), column by column."""
     batch = mean.shape[: mean.ndim - len(event_shape)]
     d = event_shape.numel()
@@ -228,8 +227,8 @@ class DenseCovariance:
 
     def _spectral(self, v: Tensor, values: Tensor) -> Tensor:
         """V diag(values) V^T v."""
-        flat = _flat(v, self.mean, self.event_shape)
-        return _apply(self.vectors, values * _apply(self.vectors.mT, flat)).reshape(v.shape)
+        flat = flat_rows(v, self.mean, self.event_shape)
+        return apply_rows(self.vectors, values * apply_rows(self.vectors.mT, flat)).reshape(v.shape)
 
     def matvec(self, v: Tensor) -> Tensor:
         """C v, for v: (*extra, *batch, *event)."""
@@ -255,96 +254,5 @@ class DenseCovariance:
 
     def select(self, index: Tensor) -> DenseCovariance:
         """The operators of the rows `index` of the first batch axis, as resampling needs them."""
-        rows = _row_index(index, self.mean, self.event_shape)
+        rows = row_index(index, self.mean, self.event_shape)
         return DenseCovariance(self.mean[index], self.event_shape, self.values[rows], self.vectors[rows])
-
-
-class NetworkCovariance:
-    r"""C = sigma^2 (J + J^T) / 2 with J the Jacobian of a denoiser at x: one jvp and one vjp for every product.
-
-    An exact denoiser has a symmetric J; a network has nearly one, hence the average. `sample`, `solve`, `affine` and
-    `dense` build the matrix
-    (d vjps per row, once) and take eigenvalues below zero as zero; they are offered up to `dense_limit` entries.
-
-    Args:
-        denoise: x -> D(x, sigma) at a fixed sigma, for x: (*batch, *event).
-        x: (*batch, *event) where the Jacobian is taken.
-        sigma: 0-d, or broadcastable over the batch.
-        event_shape: shape of one event.
-        dense_limit: most entries of an event for which the matrix is built.
-        on_product: called with the number of rows for every product with J or J^T.
-    """
-
-    def __init__(
-        self,
-        denoise: Callable[[Tensor], Tensor],
-        x: Tensor,
-        sigma: Tensor,
-        event_shape: Size,
-        dense_limit: int = 256,
-        on_product: Callable[[int], None] = lambda rows: None,
-    ) -> None:
-        self.event_shape, self.dense_limit = event_shape, dense_limit
-        self._denoise, self._x, self._on_product = denoise, x, on_product
-        self._rows = math.prod(x.shape[: x.ndim - len(event_shape)])
-        # Products are tracked as the first evaluation was, and not because the network's parameters are.
-        self._grad = torch.is_grad_enabled()
-        sigma = sigma.to(x)
-        self._variance = sigma.square().reshape(*sigma.shape, *[1] * len(event_shape))
-        # Flash and memory-efficient attention have no derivative of a derivative; the plain kernel has.
-        with sdpa_kernel(SDPBackend.MATH):
-            self.mean, self._vjp = torch.func.vjp(denoise, x)[:2]
-
-    @property
-    def noise_shape(self) -> Size:
-        """Shape of the noise of one row: the event's own."""
-        return self.event_shape
-
-    def vjp(self, v: Tensor) -> Tensor:
-        """J^T v, for v: (*batch, *event)."""
-        self._on_product(self._rows)
-        with torch.set_grad_enabled(self._grad):
-            return self._vjp(v)[0]
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """J v, for v: (*batch, *event); one more forward pass."""
-        self._on_product(self._rows)
-        with torch.set_grad_enabled(self._grad), sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(self._denoise, (self._x,), (v,))[1]
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """C v, for v: (*extra, *batch, *event); each of the `extra` vectors costs one jvp and one vjp."""
-        _flat(v, self.mean, self.event_shape)
-        parts = v.reshape(-1, *self.mean.shape)
-        products = [self._variance * (self.jvp(part) + self.vjp(part)) / 2 for part in parts]
-        return torch.stack(products).reshape(v.shape) if products else v.clone()
-
-    @cached_property
-    def _matrix(self) -> DenseCovariance:
-        """The symmetrised Jacobian, from vjps alone."""
-        d = self.event_shape.numel()
-        if d > self.dense_limit:
-            raise RuntimeError(
-                f"the covariance of a network is built up to {self.dense_limit} entries, and this event has {d}; "
-                "use a solver that needs products only (DPMSolver2MSDE), or raise dense_limit if memory allows"
-            )
-        transposed = _dense(lambda v: torch.stack([self.vjp(part) for part in v]), self.mean, self.event_shape)
-        variance = self._variance.reshape(self._variance.shape[: self._variance.ndim - len(self.event_shape)])
-        matrix = variance[..., None, None] * (transposed + transposed.mT) / 2
-        return DenseCovariance.from_matrix(matrix, self.mean, self.event_shape)
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """C^(1/2) noise, for noise: (*extra, *batch, *event); small events only."""
-        return self._matrix.sample(noise)
-
-    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
-        """(C + shift I)^{-1} v, for v: (*extra, *batch, *event); small events only."""
-        return self._matrix.solve(v, shift)
-
-    def affine(self, scale: Tensor | float, shift: Tensor | float) -> DenseCovariance:
-        """The operator scale C + shift I; small events only."""
-        return self._matrix.affine(scale, shift)
-
-    def dense(self) -> Tensor:
-        """(*batch, d, d) the matrices; small events only."""
-        return self._matrix.dense()

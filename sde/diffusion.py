@@ -11,9 +11,9 @@ import torch
 from torch import Size, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sde.covariance import NetworkCovariance
 from sde.denoiser import call_denoiser
 from sde.log_density import Estimate, flow_log_prob, rademacher
+from sde.network_covariance import NetworkCovariance
 from sde.prior import DenoisingPrior
 from sde.schedule import log_grid
 from sde.solvers import DPMSolver2MSDE, sample
@@ -202,10 +202,16 @@ class DiffusionPrior(DenoisingPrior):
             sigma: positive; 0-d, or broadcastable over the batch axes.
         """
         level = self._checked(x, sigma)
+        batch = x.shape[: x.ndim - len(self.event_shape)]
+
+        def at(index: Tensor) -> NetworkCovariance:
+            given = self._given(None if self.label is None else self.label.expand(batch)[index])
+            return given.covariance(x[index], level.expand(batch)[index] if level.ndim else level)
+
         # The parameters of the network must not be tracked when nobody asked for gradients.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _tracked(x)):
             return NetworkCovariance(
-                lambda x: self.denoise(x, level), x, level, self.event_shape, on_product=self._count_products
+                lambda x: self.denoise(x, level), x, level, self.event_shape, on_product=self._count_products, at=at
             )
 
     def _count_products(self, rows: int) -> None:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inverse.chunks import Chunks
 from inverse.problem import DiffusionProblem
-from sde.covariance import DenseCovariance, NetworkCovariance, SubspaceCovariance
+from sde import DenseCovariance, LowRankCovariance, NetworkCovariance, SubspaceCovariance
 
 __all__ = ["ClosureKernel"]
 
-Covariance = SubspaceCovariance | DenseCovariance
+Covariance = SubspaceCovariance | DenseCovariance | LowRankCovariance
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,22 @@ class Closure:
 class ClosureKernel:
     """Moves a population by the closure's exact conditional draws.
 
+    A network's covariance is taken from its columns along the measured directions and a few random ones, and is the
+    same operator in the draw, in the twist and in the weight: the target is the program, with the prior discretised by
+    the step that this covariance makes.
+
     Args:
         problem: prior and Gaussian likelihood.
         sigmas: (levels + 1,) noise levels, the last exactly zero.
+        random: random directions for a network's covariance; one vjp each beside those of the data.
+        chunk: particles per call of a network; changes memory, nothing else.
 
     Raises:
         CapabilityError: the likelihood has no linear Gaussian form.
     """
 
-    def __init__(self, problem: DiffusionProblem, sigmas: Tensor) -> None:
-        self.problem, self.sigmas = problem, sigmas
+    def __init__(self, problem: DiffusionProblem, sigmas: Tensor, random: int = 4, chunk: int | None = None) -> None:
+        self.problem, self.sigmas, self.random, self.chunks = problem, sigmas, random, Chunks(chunk)
         self.gaussian = problem.likelihood.gaussian
         m = self.gaussian.size
         eye = torch.eye(m, dtype=problem.dtype, device=problem.device)
@@ -99,9 +106,7 @@ class ClosureKernel:
 
     def at(self, x: Tensor, level: int) -> Closure:
         """The population of particles x at a level: the only denoiser call of a step."""
-        covariance = self.problem.prior.covariance(x, self.sigmas[level])
-        if isinstance(covariance, NetworkCovariance):
-            covariance = covariance.affine(1.0, 0.0)
+        covariance = self._covariance(x, level)
         rows = self.rows.reshape(len(self.rows), 1, *x.shape[1:]).expand(len(self.rows), *x.shape)
         towards = covariance.matvec(rows)
         gram = self._measure(towards).movedim(0, -1)
@@ -132,6 +137,20 @@ class ClosureKernel:
     def finish(self, population: Closure, generator: torch.Generator) -> Tensor:
         """Draws of the closure given the data."""
         return self._draw(population, generator)
+
+    def _covariance(self, x: Tensor, level: int) -> Covariance:
+        """C in closed form."""
+        prior, sigma = self.problem.prior, self.sigmas[level]
+        if "exact_covariance" in prior.capabilities:
+            return prior.covariance(x, sigma)
+
+        def parts(x: Tensor) -> tuple[Tensor, ...]:
+            network: NetworkCovariance = prior.covariance(x, sigma)
+            c = network.low_rank(self.rows, self.random)
+            return c.mean, c.values, c.vectors, c.outside
+
+        mean, values, vectors, outside = self.chunks(parts, x)
+        return LowRankCovariance(mean, prior.event_shape, values, vectors, outside)
 
     def _draw(self, s: Closure, generator: torch.Generator) -> Tensor:
         """Matheron: u + C B^T S^{-1} (d - B u - n), u ~ N(D, C)."""
