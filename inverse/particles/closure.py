@@ -100,6 +100,10 @@ class ClosureKernel:
         noise = self.problem.noise(particles, generator)
         return self.at(self.problem.prior.start(noise, self.sigmas[0]), 0)
 
+    def first_weight(self, population: Closure) -> Tensor:
+        """The twist."""
+        return population.log_twist
+
     def unpack(self, tensors: dict[str, Tensor], level: int) -> Closure:
         """The population at a level, from its particles."""
         return self.at(tensors["x"], level)
@@ -119,14 +123,14 @@ class ClosureKernel:
     def move(
         self, population: Closure, level: int, generator: torch.Generator, retained: Tensor | None = None
     ) -> tuple[Closure, Tensor]:
-        """Draw the closure given the data, bridge to the next level, weigh; particle 0 goes to `retained`."""
+        """Draw the closure given the data, bridge to the next level, weigh; the first particles go to `retained`."""
         a, b = float(self.sigmas[level]), float(self.sigmas[level + 1])
         ratio = (b / a) ** 2
         kappa, c = 1 - ratio, b * math.sqrt(1 - ratio)
         clean = self._draw(population, generator)
         x = ratio * population.x + kappa * clean + c * self.problem.noise(len(clean), generator)
         if retained is not None:
-            x = torch.cat([retained[None], x[1:]])
+            x = torch.cat([retained, x[len(retained) :]])
         new = self.at(x, level + 1)
         return new, new.log_twist - self._predictive(population, x, ratio, kappa, c)
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from inverse.particles.moves import noised
 from inverse.particles.twisted import particle_kernel
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
@@ -113,7 +114,7 @@ class _Return:
         options = self.options
         sigmas = log_grid(options.level * problem.prior.data_std, problem.prior.sigma_min, options.steps)
         kernel = particle_kernel(problem, sigmas, options.guide, options.solver, None, self.cost)
-        path = _noised(problem, x, sigmas, generator)
+        path = noised(problem, x[None], sigmas[:-1], generator)
         population: Any = kernel.at(path[0].expand(options.particles, *x.shape), 0)
         log_weight = x.new_zeros(options.particles)
         for level in range(len(sigmas) - 2):
@@ -125,16 +126,6 @@ class _Return:
         log_weight = log_weight + kernel.last_weight(population)
         chosen = torch.multinomial(torch.softmax(log_weight.double(), 0), 1, generator=generator)
         return kernel.finish(population.select(chosen), generator)[0]
-
-
-def _noised(problem: DiffusionProblem, x: Tensor, sigmas: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The value at all positive levels, highest first, each noised from the one below."""
-    path, below = [], 0.0
-    for sigma in reversed(sigmas[:-1].tolist()):
-        x = x + math.sqrt(sigma**2 - below**2) * problem.noise(1, generator)[0]
-        path.append(x)
-        below = sigma
-    return path[::-1]
 
 
 def _keep_first(log_weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,8 +4,9 @@
     root ESS = 1 / sum_i W_i^2         W_i: final weight carried by the descendants of initial particle i
     se(log Z) = sqrt(sum_i W_i^2 - 1/P)
 
-ESS reads P after every resampling; the root ESS is the honest number of independent draws. Source: particle-filter
-lore for the first, [derived] and measured for the root ESS as an error bar.
+ESS reads P after every resampling; the root ESS is the honest number of independent draws. A particle of weight zero is
+dead and stays so; a run in which all are dead counts as a run of evidence zero. Source: particle-filter lore for the
+first, [derived] and measured for the root ESS as an error bar.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ import torch
 from torch import Tensor
 
 from ppl.diagnostics.ess import kish_ess, merge_root_ess, root_ess
+from ppl.errors import NotFiniteError
 from ppl.monitor import Monitor
 
-__all__ = ["Kernel", "Merged", "Population", "Run", "merge", "run_particles", "systematic"]
+__all__ = ["AllDeadError", "Kernel", "Merged", "Moves", "Population", "Run", "merge", "run_particles", "systematic"]
+
+
+class AllDeadError(NotFiniteError):
+    """Every particle of a run has weight zero."""
 
 
 def systematic(log_weight: Tensor, count: int, u: Tensor) -> Tensor:
@@ -45,6 +51,11 @@ class Population(Protocol):
     """The state of all particles at one noise level."""
 
     @property
+    def x(self) -> Tensor:
+        """(particle, *site) values at the level."""
+        ...
+
+    @property
     def log_twist(self) -> Tensor:
         """(particle,) log of the twist, an estimate of log p(y | x_sigma)."""
         ...
@@ -55,6 +66,14 @@ class Population(Protocol):
 
     def pack(self) -> dict[str, Tensor]:
         """Tensors from which `Kernel.unpack` builds the state again."""
+        ...
+
+
+class Moves(Protocol):
+    """Moves particles at a level without changing what they are draws of."""
+
+    def __call__(self, population: Any, level: int, generator: torch.Generator) -> tuple[Any, float]:
+        """The moved population, and the share of particles that took their proposal."""
         ...
 
 
@@ -72,10 +91,17 @@ class Kernel(Protocol[P]):
         """The population of particles x (particle, *site) at a level, without history."""
         ...
 
+    def first_weight(self, population: P) -> Tensor:
+        """Log weight (particle,) of a population that `start` made."""
+        ...
+
     def move(
         self, population: P, level: int, generator: torch.Generator, retained: Tensor | None = None
     ) -> tuple[P, Tensor]:
-        """From `level` to the next positive one, with log weight increments (particle,); particle 0 to `retained`."""
+        """From `level` to the next positive one, with log weight increments (particle,).
+
+        The first particles go to the values `retained` (k, *site), as many as there are.
+        """
         ...
 
     def last_weight(self, population: P) -> Tensor:
@@ -106,6 +132,7 @@ class Run:
     log_z: Tensor
     ess: list[float] = field(default_factory=list)
     resampled: int = 0
+    accepted: list[float] = field(default_factory=list)
 
     @property
     def root_ess(self) -> Tensor:
@@ -120,6 +147,7 @@ class Run:
             "log_z": self.log_z,
             "ess": torch.tensor(self.ess, dtype=torch.float64),
             "resampled": torch.tensor(self.resampled),
+            "accepted": torch.tensor(self.accepted, dtype=torch.float64),
         }
 
     @classmethod
@@ -133,6 +161,7 @@ class Run:
             saved["log_z"],
             saved["ess"].tolist(),
             int(saved["resampled"]),
+            saved["accepted"].tolist(),
         )
 
     @property
@@ -154,6 +183,7 @@ def run_particles(
     generator: torch.Generator,
     monitor: Monitor,
     label: str,
+    moves: Moves | None = None,
 ) -> Run | None:
     """Run the engine from the first noise level to the last positive one.
 
@@ -164,9 +194,14 @@ def run_particles(
         generator: source of randomness.
         monitor: progress, Ctrl-C, checkpoints.
         label: name of the loop.
+        moves: applied after every resampling.
 
     Returns:
         The finished run, or None when it was interrupted.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        AllDeadError: all weights are zero.
     """
     saved = monitor.resume()
     if saved is not None:
@@ -175,31 +210,53 @@ def run_particles(
     else:
         start = 0
         population = kernel.start(particles, generator)
-        log_weight = population.log_twist
-        roots = torch.arange(particles, device=log_weight.device)
-        run = Run(population, log_weight, roots, torch.zeros((), dtype=torch.float64, device=log_weight.device))
-        run.ess.append(float(kish_ess(log_weight)))
+        roots = torch.arange(particles, device=generator.device)
+        none = torch.zeros(particles, dtype=torch.float64, device=generator.device)
+        run = Run(population, none, roots, none.new_zeros(()))
+        _weigh(run, kernel.first_weight(population), monitor, f"noise level 1 of {kernel.levels}")
     done = start
     for level in monitor.steps(kernel.levels - 1, label, start=start):
         if run.ess[-1] < threshold * particles:
-            u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-            index = systematic(run.log_weight, particles, u)
-            run.log_z = run.log_z + torch.logsumexp(run.log_weight.double(), 0) - _log(particles)
-            run.population, run.roots = run.population.select(index), run.roots[index]
-            run.log_weight = torch.zeros_like(run.log_weight)
-            run.resampled += 1
+            _resample(run, generator)
+            if moves is not None and level > 0:
+                run.population, share = moves(run.population, level, generator)
+                run.accepted.append(share)
         run.population, increment = kernel.move(run.population, level, generator)
-        monitor.check_finite("log weight", increment, f"noise level {level + 1} of {kernel.levels}")
-        run.log_weight = run.log_weight + increment
-        run.ess.append(float(kish_ess(run.log_weight)))
+        _weigh(run, increment, monitor, f"noise level {level + 2} of {kernel.levels}")
         monitor.report(ess=run.ess[-1])
         done = level + 1
         monitor.checkpoint(done, run.pack)
     if done < kernel.levels - 1:
         return None
-    run.log_weight = run.log_weight + kernel.last_weight(run.population)
-    run.ess[-1] = float(kish_ess(run.log_weight))
+    run.ess.pop()
+    _weigh(run, kernel.last_weight(run.population), monitor, "the clean values")
     return run
+
+
+def _weigh(run: Run, increment: Tensor, monitor: Monitor, where: str) -> None:
+    """Multiply the weights; the dead stay dead, whatever their increment."""
+    dead = run.log_weight == -torch.inf
+    log_weight = torch.where(dead, run.log_weight, run.log_weight + increment.double())
+    # Minus infinity is a weight of zero; anything else that is not a number is a fault.
+    monitor.check_finite("log weight", log_weight.masked_fill(log_weight == -torch.inf, 0.0), where)
+    if not bool((log_weight > -torch.inf).any()):
+        raise AllDeadError(
+            f"all {len(log_weight)} particles have weight zero at {where}: the data are impossible for every one of "
+            "them; check the support of the likelihood, use more particles, or a guide that leads them to the data"
+        )
+    run.log_weight = log_weight
+    run.ess.append(float(kish_ess(log_weight)))
+
+
+def _resample(run: Run, generator: torch.Generator) -> None:
+    """Ancestors in proportion to their weights, which go into the evidence."""
+    particles = len(run.log_weight)
+    u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    index = systematic(run.log_weight, particles, u)
+    run.log_z = run.log_z + torch.logsumexp(run.log_weight, 0) - _log(particles)
+    run.population, run.roots = run.population.select(index), run.roots[index]
+    run.log_weight = torch.zeros_like(run.log_weight)
+    run.resampled += 1
 
 
 @dataclass(frozen=True)
@@ -207,9 +264,14 @@ class Merged:
     """Whole runs, each weighted by its evidence: omega_r = Z_r / sum Z.
 
     root ESS R = 1 / sum_r omega_r^2 / R_r,   se(log Z) = sqrt(1 / R - 1 / sum P). Source: [derived].
+
+    Args:
+        runs: the finished ones.
+        dead: how many more ended with evidence zero, which count in the mean.
     """
 
     runs: tuple[Run, ...]
+    dead: int = 0
 
     @property
     def share(self) -> Tensor:
@@ -225,7 +287,7 @@ class Merged:
     @property
     def log_evidence(self) -> Tensor:
         """log of the mean of the runs' evidence."""
-        return torch.logsumexp(torch.stack([r.log_evidence for r in self.runs]), 0) - _log(len(self.runs))
+        return torch.logsumexp(torch.stack([r.log_evidence for r in self.runs]), 0) - _log(len(self.runs) + self.dead)
 
     @property
     def stderr(self) -> Tensor:
@@ -256,20 +318,38 @@ def merge(
 ) -> tuple[Merged | None, bool]:
     """Repeat whole runs until the root ESS of the merge reaches `target`, at most `limit` runs.
 
+    A run that fails is noted, and what other runs found is kept.
+
     Returns:
         The merge of the finished runs (None when there is none), and whether the target was reached.
+
+    Raises:
+        NotFiniteError: no run found anything.
     """
     runs: list[Run] = []
+    dead = 0
     for r in range(limit):
-        run = one_run(r)
+        try:
+            run = one_run(r)
+        except AllDeadError as error:
+            dead += 1
+            if dead == limit:
+                raise
+            monitor.note(f"run {r} has evidence zero: {error}")
+            continue
+        except NotFiniteError as error:
+            if not runs:
+                raise
+            monitor.note(f"stopped after {len(runs)} runs: {error}")
+            break
         if run is None:
             break
         runs.append(run)
-        merged = Merged(tuple(runs))
+        merged = Merged(tuple(runs), dead)
         monitor.report(root_ess=float(merged.root_ess))
         if float(merged.root_ess) >= target:
             return merged, True
-    return (Merged(tuple(runs)) if runs else None), False
+    return (Merged(tuple(runs), dead) if runs else None), False
 
 
 def _log(n: int) -> Tensor:

@@ -92,6 +92,10 @@ class GuidedKernel:
         noise = self.problem.noise(particles, generator)
         return self.at(self.problem.prior.start(noise, self.sigmas[0]), 0)
 
+    def first_weight(self, population: Led) -> Tensor:
+        """The twist."""
+        return population.log_twist
+
     def at(self, x: Tensor, level: int) -> Led:
         """The population of particles x at a level, without history."""
         return self._look(x, level, None)
@@ -110,7 +114,7 @@ class GuidedKernel:
     def move(
         self, population: Led, level: int, generator: torch.Generator, retained: Tensor | None = None
     ) -> tuple[Led, Tensor]:
-        """One guided step and its weight; particle 0 goes to `retained`."""
+        """One guided step and its weight; the first particles go to `retained`."""
         a, b = self.sigmas[level], self.sigmas[level + 1]
         free = self.solver.step(population.x, a, b, population.prior, population.free_state)
         led = self.solver.step(population.x, a, b, population.posterior, population.led_state)
@@ -118,8 +122,9 @@ class GuidedKernel:
         noise = self.problem.noise(len(population.x), generator)
         if retained is not None:
             assert isinstance(led.covariance, Tensor)
-            own = (retained[None] - led.mean[:1]) / led.covariance.sqrt().to(retained)
-            noise = torch.cat([own, noise[1:]])
+            kept = len(retained)
+            own = (retained - led.mean[:kept]) / led.covariance.sqrt().to(retained)
+            noise = torch.cat([own, noise[kept:]])
         x = led.sample(noise)
         # |x - m'|^2 = c^2 |noise|^2 exactly; written so that nothing cancels.
         shift = (led.mean - free.mean).flatten(1) / free.covariance.sqrt()

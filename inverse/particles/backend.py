@@ -1,0 +1,182 @@
+"""What all particle backends share: runs repeated and merged by evidence, chains, checkpoints, diagnostics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from inverse.chunks import Chunks
+from inverse.particles.core import Kernel, Merged, Moves, Run, merge, run_particles
+from inverse.problem import DiffusionProblem
+from ppl.backend import Exactness
+from ppl.cost import Cost
+from ppl.errors import NotFiniteError, OptionError
+from ppl.monitor import Monitor
+from ppl.posterior import Estimate, Posterior
+from ppl.program import Program
+
+__all__ = ["ParticleBackend"]
+
+
+@dataclass(frozen=True)
+class ParticleBackend:
+    """The door of particle backends; a subclass gives its options and `kernel`.
+
+    Args:
+        steps: noise levels; None takes the prior's own number.
+        particles: particles of one run; None takes the number of draws asked for.
+        threshold: resample when ESS < threshold * particles.
+        runs: at most this many runs per chain; 1 never repeats.
+        chunk: particles per denoiser or guide call; changes memory, nothing else.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    steps: int | None = None
+    particles: int | None = None
+    threshold: float = 0.5
+    runs: int = 8
+    chunk: int | None = None
+
+    exact: ClassVar[Exactness] = "in_the_limit"
+    limit: ClassVar[tuple[str, ...]] = ("particles", "steps")
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    default_chains: ClassVar[int] = 1
+    batches_problems: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 2:
+            raise OptionError(f"steps must be 2 or more noise levels, got {self.steps}")
+        if self.particles is not None and self.particles < 2:
+            raise OptionError(f"particles must be 2 or more, got {self.particles}")
+        if not 0 < self.threshold <= 1:
+            raise OptionError(f"threshold must lie in (0, 1], a share of the particles, got {self.threshold}")
+        if self.runs < 1:
+            raise OptionError(f"runs must be one or more, got {self.runs}")
+        Chunks(self.chunk)
+
+    @abstractmethod
+    def kernel(self, problem: DiffusionProblem, cost: Cost) -> Kernel[Any]:
+        """How particles move on a problem."""
+
+    def rejuvenation(self, problem: DiffusionProblem, kernel: Kernel[Any]) -> Moves | None:
+        """What to do to the particles after a resampling; nothing by default."""
+        return None
+
+    def levels(self, problem: DiffusionProblem) -> Tensor:
+        """(steps + 1,) noise levels down to what the data resolve, the last exactly 0."""
+        prior = problem.prior
+        return prior.grid(prior.sigma_max, problem.lowest_level, prior.steps if self.steps is None else self.steps)
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Run the engine once or more for every chain."""
+        problem = DiffusionProblem.of(program)
+        with torch.no_grad(), problem.counting(monitor.cost):
+            kernel = self.kernel(problem, monitor.cost)
+            moves = self.rejuvenation(problem, kernel)
+            found: list[tuple[Tensor, Merged]] = []
+            for chain in range(chains):
+                try:
+                    done = self._chain(kernel, moves, draws, chain, generator, monitor)
+                except NotFiniteError as error:
+                    if not found:
+                        raise
+                    monitor.note(f"chain {chain} was lost, {len(found)} of {chains} are kept: {error}")
+                    break
+                if done is None:
+                    break
+                found.append(done)
+            if not found:
+                monitor.note(
+                    f"{type(self).__name__}: stopped before its first pass over the noise levels was complete: no draws"
+                )
+                empty = torch.zeros(1, 0, *problem.shape, dtype=problem.dtype, device=problem.device)
+                return Posterior(draws={problem.site: empty}, attrs={"complete": False})
+            x = torch.stack([values for values, _ in found])
+            results = problem.results(x)
+        merged = [m for _, m in found]
+        return Posterior(
+            draws=results,
+            log_evidence=_evidence(merged),
+            info=_info(merged),
+            attrs={"complete": len(found) == chains, "independent": "roots"},
+        )
+
+    def _chain(
+        self,
+        kernel: Kernel[Any],
+        moves: Moves | None,
+        draws: int,
+        chain: int,
+        generator: torch.Generator,
+        monitor: Monitor,
+    ) -> tuple[Tensor, Merged] | None:
+        """One chain: runs until the merge is worth `draws` independent draws."""
+        particles = self.particles or draws
+
+        def one_run(r: int) -> Run | None:
+            if monitor.interrupted:
+                return None
+            with monitor.section(f"chain {chain}, run {r}"):
+                saved = monitor.finished("run")
+                if saved is not None:
+                    return Run.unpack(kernel, saved, kernel.levels - 1)
+                run = run_particles(
+                    kernel,
+                    particles,
+                    threshold=self.threshold,
+                    generator=generator,
+                    monitor=monitor,
+                    label="levels",
+                    moves=moves,
+                )
+                if run is not None:
+                    monitor.finish("run", run.pack())
+                return run
+
+        merged, reached = merge(one_run, target=min(draws, particles), limit=self.runs, monitor=monitor)
+        if merged is None:
+            return None
+        if not reached and self.runs > 1:
+            monitor.note(
+                f"{type(self).__name__}: after {len(merged.runs)} runs of {particles} particles the draws are worth "
+                f"{float(merged.root_ess):.0f} independent ones (root ESS), asked for {draws}; raise particles, or use "
+                "a better guide"
+            )
+        parts = [
+            kernel.finish(run.population.select(index), generator)
+            for run, index in zip(merged.runs, merged.choose(draws, generator), strict=True)
+            if len(index)
+        ]
+        return torch.cat(parts), merged
+
+
+def _evidence(merged: list[Merged]) -> Estimate:
+    """Evidence of all chains together: chains are runs as well."""
+    together = Merged(tuple(run for m in merged for run in m.runs), sum(m.dead for m in merged))
+    return Estimate(together.log_evidence, together.stderr)
+
+
+def _info(merged: list[Merged]) -> dict[str, Tensor]:
+    """Diagnostics per chain; ESS per level for every run."""
+    runs = [run for m in merged for run in m.runs]
+    info = {
+        "root_ess": torch.stack([m.root_ess for m in merged]),
+        "distinct_roots": torch.tensor([m.distinct_roots for m in merged]),
+        "runs": torch.tensor([len(m.runs) for m in merged]),
+        "ess": torch.tensor([run.ess for run in runs], dtype=torch.float64),
+        "resampled": torch.tensor([run.resampled for run in runs]),
+        "run_log_evidence": torch.stack([run.log_evidence for run in runs]),
+    }
+    moved = [sum(run.accepted) / len(run.accepted) if run.accepted else float("nan") for run in runs]
+    if any(run.accepted for run in runs):
+        info["acceptance_rate"] = torch.tensor(moved, dtype=torch.float64)
+    return info
