@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from inverse.likelihood import GaussianLikelihood
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import residual_chi
 from ppl.backend import Exactness, register
@@ -17,6 +16,7 @@ from ppl.errors import CapabilityError
 from ppl.monitor import Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
+from sde.joint import JointPrior
 
 __all__ = ["Exact"]
 
@@ -27,8 +27,9 @@ class Exact:
     """Independent draws from the exact posterior, with the exact evidence.
 
     Asks the prior for `condition_linear(A, y, R)` and `log_evidence(A, y, R)`, which a `GaussianMixture` has, and the
-    program for data that are linear in the site with Gaussian noise. Copies of the prior in plates are conditioned one
-    by one, so no measurement may mix them. The conditioned distribution is `posterior.guide` where there are no plates.
+    program for data that are linear in the sites with Gaussian noise. Sites, and copies of a site in plates, that no
+    measurement mixes are conditioned one by one; those that are mixed, together, as one mixture with a component for
+    every choice of theirs, while that is small. The conditioned distribution is `posterior.guide` where there is one.
 
     Example:
         >>> import ppl, pyro, pyro.distributions as dist
@@ -53,24 +54,75 @@ class Exact:
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
         """Condition, then draw."""
-        sites = [n for n, c in program.capabilities.items() if "condition_linear" in c]
-        problem = DiffusionProblem.of(program, sites[0] if len(sites) == 1 else None)
+        problem = DiffusionProblem.of(program)
         gaussian = problem.likelihood.gaussian
-        plates = problem.shape[: len(problem.shape) - len(problem.prior.event_shape)]
+        copies = _copies(problem)
         with torch.no_grad(), monitor:
-            parts = _by_plate(gaussian, plates.numel(), problem.site)
-            posteriors = [_condition(problem.prior, rows, data) for rows, data in parts]
-            log_evidence = torch.stack([e.double() for _, e in posteriors]).sum() + gaussian.log_normaliser.double()
-            log_evidence = log_evidence + 0.5 * gaussian.size * math.log(2 * math.pi)
-            x = torch.stack([p.draw((chains, draws), generator) for p, _ in posteriors], 2)
+            matrix, data = gaussian.operator.dense(dtype=torch.float64), gaussian.data.reshape(-1)
+            groups = _groups(matrix, copies)
+            x = torch.zeros(chains, draws, problem.shape.numel(), dtype=problem.dtype, device=problem.device)
+            log_evidence = gaussian.log_normaliser.double() + 0.5 * gaussian.size * math.log(2 * math.pi)
+            posteriors = []
+            for members, rows in groups:
+                prior = _together([copies[i][0] for i in members], problem.site)
+                columns = torch.cat([copies[i][1] for i in members]).to(matrix.device)
+                posterior, evidence = _condition(prior, matrix[rows][:, columns], data[rows])
+                log_evidence = log_evidence + evidence.double()
+                x[..., columns] = posterior.draw((chains, draws), generator).reshape(chains, draws, -1)
+                posteriors.append(posterior)
             x = x.reshape(chains, draws, *problem.shape)
             results = problem.results(x)
         return Posterior(
             draws=results,
             log_evidence=Estimate(log_evidence, torch.zeros_like(log_evidence)),
-            guide=None if plates else posteriors[0][0],
+            guide=posteriors[0] if len(groups) == 1 else None,
             info=residual_chi(problem, x),
         )
+
+
+def _copies(problem: DiffusionProblem) -> list[tuple[Any, Tensor]]:
+    """Every copy of every site's prior, with its places in the flattened value."""
+    shape, prior = problem.shape, problem.prior
+    plates = shape[: len(shape) - len(prior.event_shape)]
+    members = prior.priors if isinstance(prior, JointPrior) else (prior.expand(plates),)
+    out, start = [], 0
+    for member in members:
+        if "condition_linear" not in member.capabilities:
+            raise CapabilityError(
+                f"Exact needs priors that can be conditioned in closed form, such as GaussianMixture, for all of "
+                f"{problem.site}, got {member!r}; use inverse.TwistedSMC"
+            )
+        size = member.event_shape.numel()
+        for _ in range(member.batch_shape.numel()):
+            out.append((member.expand(torch.Size()), torch.arange(start, start + size)))
+            start += size
+    return out
+
+
+def _groups(matrix: Tensor, copies: list[tuple[Any, Tensor]]) -> list[tuple[list[int], Tensor]]:
+    """Copies that measurements tie together, and the rows that see them."""
+    seen = torch.stack([(matrix[:, places.to(matrix.device)] != 0).any(1) for _, places in copies], 1)
+    # A row that sees nothing still has a density: it goes to the first copy.
+    seen[:, 0] |= ~seen.any(1)
+    group = torch.arange(len(copies), device=matrix.device)
+    for row in seen:
+        tied = group[row].unique()
+        group[torch.isin(group, tied)] = tied.min()
+    members = [(group == g).nonzero()[:, 0].tolist() for g in group.unique()]
+    return [(m, seen[:, m].any(1)) for m in members]
+
+
+def _together(priors: list[Any], site: str) -> Any:
+    """One prior of several copies; a single one as it is."""
+    if len(priors) == 1:
+        return priors[0]
+    joint = JointPrior(priors)
+    if "condition_linear" not in joint.capabilities:
+        raise CapabilityError(
+            f"a measurement depends on several copies or parts of {site}, and the product of their components is too "
+            f"large to write down ({len(priors)} mixtures in {joint.event_shape[0]} dimensions); use inverse.TwistedSMC"
+        )
+    return joint
 
 
 def _condition(prior: Any, rows: Tensor, data: Tensor) -> tuple[Any, Tensor]:
@@ -78,21 +130,3 @@ def _condition(prior: Any, rows: Tensor, data: Tensor) -> tuple[Any, Tensor]:
     if not len(rows):
         return prior.expand(torch.Size()), data.new_zeros(())
     return prior.condition_linear(rows, data, 1.0), prior.log_evidence(rows, data, 1.0)
-
-
-def _by_plate(gaussian: GaussianLikelihood, copies: int, site: str) -> list[tuple[Tensor, Tensor]]:
-    """For each copy of the prior, the rows of B that see it and their data."""
-    matrix = gaussian.operator.dense(dtype=torch.float64)
-    data = gaussian.data.reshape(-1)
-    if copies == 1:
-        return [(matrix, data)]
-    blocks = matrix.reshape(len(matrix), copies, -1)
-    seen = (blocks != 0).any(-1)
-    if bool((seen.sum(1) > 1).any()):
-        raise CapabilityError(
-            f"Exact conditions the copies of {site!r} in plates one by one, but a measurement depends on several of "
-            "them; use inverse.TwistedSMC, or write the copies as one prior without a plate"
-        )
-    # A row that sees nothing still has a density: it goes to the first copy.
-    owner = torch.where(seen.any(1), seen.int().argmax(1), torch.zeros_like(seen.int().argmax(1)))
-    return [(blocks[owner == i, i], data[owner == i]) for i in range(copies)]

@@ -28,6 +28,8 @@ from inverse.operators import (
     Identity,
     LinearOperator,
     Mask,
+    Zero,
+    beside,
     record_calls,
     stack,
 )
@@ -77,26 +79,56 @@ class GaussianLikelihood:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Density of the data as a function of one site, all other latents being given.
+    """Density of the data as a function of one site, or of several joined into one vector, all others being given.
 
     Args:
         program: the program it was read from.
-        site: the latent site it is a function of.
+        sites: the latent sites it is a function of, in program order.
         given: values of all other latents, one draw each, without a leading axis.
     """
 
     program: Program
-    site: str
+    sites: tuple[str, ...]
     given: Mapping[str, Tensor]
 
     @property
+    def site(self) -> str:
+        """Name of the site, or all names, for messages."""
+        return " + ".join(self.sites)
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shape of one value of every site, plates first."""
+        return [self.program.sites[n].shape for n in self.sites]
+
+    @property
     def shape(self) -> torch.Size:
-        """Shape of one value of the site."""
-        return self.program.sites[self.site].shape
+        """Shape of one value of the site; several are flattened and joined."""
+        return self.shapes[0] if len(self.sites) == 1 else torch.Size([sum(s.numel() for s in self.shapes)])
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """Values by site: (*batch, *shape) -> (*batch, *shape of the site)."""
+        if len(self.sites) == 1:
+            return {self.sites[0]: x}
+        pieces = x.split([s.numel() for s in self.shapes], -1)
+        return {
+            n: piece.reshape(*x.shape[:-1], *shape)
+            for n, piece, shape in zip(self.sites, pieces, self.shapes, strict=True)
+        }
 
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """Values of all latents for a batch of x (lanes, *shape)."""
-        return {self.site: x, **{n: v.expand(len(x), *v.shape) for n, v in self.given.items()}}
+        return {**self.split(x), **{n: v.expand(len(x), *v.shape) for n, v in self.given.items()}}
+
+    def distributions(self) -> list[Any]:
+        """The prior of every site, given the values of the others."""
+        fixed = all(self.program.sites[n].static for n in self.sites) or not self.given
+        if fixed:
+            return [unwrap(self.program.sites[n].distribution) for n in self.sites]
+        zero = torch.zeros(self.shape, dtype=self.program.dtype, device=self.program.device)
+        with torch.no_grad():
+            nodes = _observe(self, zero, scored=True).nodes
+        return [unwrap(nodes[n]["fn"]) for n in self.sites]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(y | x), (lanes, *shape) -> (lanes,); differentiable where gradients are recorded."""
@@ -151,15 +183,17 @@ def diffusion_sites(program: Program) -> list[str]:
 
 
 def read_likelihood(program: Program, site: str | None = None, given: Mapping[str, Tensor] | None = None) -> Likelihood:
-    """The likelihood of the diffusion site of a program.
+    """The likelihood of the diffusion site of a program, or of all of them together.
 
     Args:
         program: a program with a latent site that can be denoised.
-        site: its name; may be left out when there is only one.
+        site: its name; None takes all diffusion sites that have no value in `given`.
         given: values of the other latents, for programs that have any.
 
     Raises:
-        CapabilityError: no site can be denoised, several can and none was named, or other latents have no value.
+        CapabilityError: no site can be denoised, other latents have no value, or the priors of the sites depend on
+            each other.
+        ProgramError: a plate is subsampled.
 
     Example:
         >>> import pyro
@@ -171,57 +205,126 @@ def read_likelihood(program: Program, site: str | None = None, given: Mapping[st
         >>> read_likelihood(Program(model, torch.tensor([1.0]))).gaussian.operator.dense()
         tensor([[2., 0.]], dtype=torch.float64)
     """
-    sites = diffusion_sites(program)
-    if site is None:
-        if len(sites) != 1:
-            raise CapabilityError(
-                f"expected one latent site with a diffusion prior, found {sites or 'none'} among "
-                f"{list(program.latents)}; " + ("name one" if sites else "generic engines such as ppl.NUTS need none")
-            )
-        site = sites[0]
-    others = {n for n in program.latents if n != site}
+    from ppl.mcmc.target import refuse_subsampling
+
+    refuse_subsampling(program, "a guided backend")
     given = dict(given or {})
-    missing = sorted(others - set(given))
+    found = diffusion_sites(program)
+    sites = tuple(n for n in found if n not in given) if site is None else (site,)
+    if not sites:
+        raise CapabilityError(
+            f"expected a latent site with a diffusion prior, found {found or 'none'} among {list(program.latents)}; "
+            "generic engines such as ppl.NUTS need none"
+        )
+    others = [n for n in program.latents if n not in sites]
+    missing = [n for n in others if n not in given]
     if missing:
         raise CapabilityError(
-            f"a guided backend draws {site!r} alone, but the program has other latents {missing}; give each a block, "
-            f"ppl.Gibbs({{({site!r},): ..., {tuple(missing)!r}: ...}}), run ppl.NoiseSpace(engine) on all of them, or "
-            "fix them with pyro.condition"
+            f"a guided backend draws {list(sites)} alone, but the program has other latents {missing}; carry them on "
+            f"particles, inverse.NuisanceSMC(), give each a block, ppl.Gibbs({{({sites[0]!r},): ..., "
+            f"({missing[0]!r},): ...}}), run ppl.NoiseSpace(engine) on all of them, or fix them with pyro.condition"
         )
-    return Likelihood(program, site, {n: given[n] for n in others})
+    likelihood = Likelihood(program, sites, {n: given[n] for n in others})
+    _check_independent(likelihood)
+    return likelihood
+
+
+def _check_independent(likelihood: Likelihood) -> None:
+    """Raise CapabilityError where the prior of a site or of a given latent moves with the diffusion sites."""
+    program = likelihood.program
+    several = likelihood.sites if len(likelihood.sites) > 1 else ()
+    moving = [n for n in (*several, *likelihood.given) if not program.sites[n].static]
+    if not moving:
+        return
+    first, _, second = _probes(likelihood)
+    with torch.no_grad():
+        runs = [_observe(likelihood, x, scored=True).nodes for x in (first, second)]
+        for name in moving:
+            if name in likelihood.given:
+                one, other = (nodes[name]["fn"].log_prob(likelihood.given[name]) for nodes in runs)
+            else:
+                value = likelihood.split(first)[name]
+                one, other = (unwrap(n[name]["fn"]).denoise(value, unwrap(n[name]["fn"]).data_std) for n in runs)
+            if not torch.allclose(one, other, rtol=1e-4, atol=1e-6):
+                raise CapabilityError(
+                    f"the prior of {name!r} depends on {likelihood.site}, so that the likelihood alone does not say "
+                    "what a draw is worth; run ppl.NoiseSpace(engine) on all sites"
+                )
+
+
+def _probes(likelihood: Likelihood) -> tuple[Tensor, Tensor, Tensor]:
+    """A point of the size of the prior, zero, and another point, each (*shape)."""
+    program = likelihood.program
+    generator = torch.Generator(program.device).manual_seed(0)
+    priors = [unwrap(program.sites[n].distribution) for n in likelihood.sites]
+    dtype = getattr(priors[0], "dtype", program.dtype)
+
+    def draw() -> Tensor:
+        parts = [
+            float(getattr(prior, "data_std", 1.0))
+            * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=program.device)
+            for prior, shape in zip(priors, likelihood.shapes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([p.flatten() for p in parts])
+
+    first, second = draw(), draw()
+    return first, torch.zeros_like(first), second
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Runs of the program at two points and at zero, from which linear forms are read.
+
+    Args:
+        likelihood: of the sites that were varied.
+        x: the first point; `x_2` the second.
+        runs: Pyro's traces at the first point, at the second and at zero.
+        calls: operator calls of the first run.
+    """
+
+    likelihood: Likelihood
+    x: Tensor
+    x_2: Tensor
+    runs: tuple[Any, Any, Any]
+    calls: list[CallRecord]
+
+    @classmethod
+    def of(cls, likelihood: Likelihood, x: Tensor, x_2: Tensor) -> _Reading:
+        with torch.no_grad(), record_calls() as calls:
+            first = _observe(likelihood, x)
+        with torch.no_grad():
+            second, origin = _observe(likelihood, x_2), _observe(likelihood, torch.zeros_like(x))
+        return cls(likelihood, x, x_2, (first, second, origin), calls)
+
+    def means(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of an observed site at the three points."""
+        first, second, origin = (_mean_and_noise(name, run.nodes[name])[0] for run in self.runs)
+        return first, second, origin
 
 
 def _read_gaussian(likelihood: Likelihood) -> GaussianLikelihood:
     """Find A, b and R of every observed site, check them at probes, whiten and stack."""
-    program, site = likelihood.program, likelihood.site
-    dtype = getattr(unwrap(program.sites[site].distribution), "dtype", program.dtype)
-    generator = torch.Generator(program.device).manual_seed(0)
-    scale = float(getattr(unwrap(program.sites[site].distribution), "data_std", 1.0))
-    shape = tuple(likelihood.shape)
-
-    def draw() -> Tensor:
-        return scale * torch.randn(shape, generator=generator, dtype=dtype, device=program.device)
-
-    first, second, zero = draw(), draw(), torch.zeros(shape, dtype=dtype, device=program.device)
-    with torch.no_grad(), record_calls() as calls:
-        trace = _observe(likelihood, first)
-    if any(n["type"] == "sample" and isinstance(unwrap(n["fn"]), dist.Unit) for n in trace.nodes.values()):
+    x, zero, x_2 = _probes(likelihood)
+    whole = _Reading.of(likelihood, x, x_2)
+    if any(n["type"] == "sample" and isinstance(unwrap(n["fn"]), dist.Unit) for n in whole.runs[0].nodes.values()):
         raise _NotGaussian("the program has a pyro.factor, whose form is not known")
-    with torch.no_grad():
-        again, origin = _observe(likelihood, second), _observe(likelihood, zero)
-    parts = [
-        _read_site(name, likelihood, (first, trace), (second, again), origin.nodes[name], calls)
-        for name in program.observed
-    ]
+    alone: list[_Reading] = []
+    if len(likelihood.sites) > 1:  # each site on its own, the others at zero
+        points, points_2, at_zero = likelihood.split(x), likelihood.split(x_2), likelihood.split(zero)
+        for name in likelihood.sites:
+            others = {n: v for n, v in at_zero.items() if n != name}
+            single = Likelihood(likelihood.program, (name,), {**likelihood.given, **others})
+            alone.append(_Reading.of(single, points[name], points_2[name]))
+    parts = [_read_site(name, whole, alone) for name in likelihood.program.observed]
     return parts[0] if len(parts) == 1 else _stack(parts)
 
 
-def _observe(likelihood: Likelihood, x: Tensor) -> Any:
-    """Pyro's trace of one run with the site set to x."""
+def _observe(likelihood: Likelihood, x: Tensor, scored: bool = False) -> Any:
+    """Pyro's trace of one run with the sites set to x; their distributions are in it only when scored."""
     from ppl.trace import Run
 
-    values = {likelihood.site: x, **likelihood.given}
-    run = Run(values=values, unscored=frozenset(values))
+    values = {**likelihood.split(x), **likelihood.given}
+    run = Run(values=values, unscored=frozenset() if scored else frozenset(values))
     return likelihood.program.trace_one({}, likelihood.program.shared_inputs(), run)[0]
 
 
@@ -236,24 +339,17 @@ def _mean_and_noise(name: str, node: Any) -> tuple[Tensor, Tensor, bool]:
     raise _NotGaussian(f"observed site {name!r} is {type(fn).__name__}")
 
 
-def _read_site(
-    name: str,
-    likelihood: Likelihood,
-    first: tuple[Tensor, Any],
-    second: tuple[Tensor, Any],
-    origin: Any,
-    calls: list[CallRecord],
-) -> GaussianLikelihood:
+def _read_site(name: str, whole: _Reading, alone: list[_Reading]) -> GaussianLikelihood:
     """One observed site in linear Gaussian form."""
-    node = first[1].nodes[name]
+    likelihood, node = whole.likelihood, whole.runs[0].nodes[name]
     mean, noise, diagonal = _mean_and_noise(name, node)
-    mean_2, noise_2, _ = _mean_and_noise(name, second[1].nodes[name])
-    offset, _, _ = _mean_and_noise(name, origin)
+    noise_2 = _mean_and_noise(name, whole.runs[1].nodes[name])[1]
+    offset = whole.means(name)[2]
     if not torch.allclose(noise, noise_2):
         raise _NotGaussian(f"the noise of {name!r} depends on {likelihood.site!r}")
     if bool((noise <= 0).any()) if diagonal else bool((noise.diagonal(dim1=-2, dim2=-1) <= 0).any()):
         raise DataError(f"the noise level of {name!r} must be positive, got {float(noise.min()):.4g}")
-    operator = _operator(name, likelihood, first, second, (mean, mean_2, offset), calls)
+    operator = _row(name, whole, alone) if alone else _operator(name, whole)
     if operator.out_shape != tuple(mean.shape):
         raise ProgramError(f"operator of {name!r} returns {operator.out_shape}, its site has {tuple(mean.shape)}")
     data = node["value"] - offset
@@ -296,17 +392,21 @@ def _scaled_and_masked(noise: Tensor, node: Any) -> tuple[Tensor, Tensor | None]
     return noise, keep
 
 
-def _operator(
-    name: str,
-    likelihood: Likelihood,
-    first: tuple[Tensor, Any],
-    second: tuple[Tensor, Any],
-    means: tuple[Tensor, Tensor, Tensor],
-    calls: list[CallRecord],
-) -> LinearOperator:
+def _row(name: str, whole: _Reading, alone: list[_Reading]) -> LinearOperator:
+    """The linear part of the mean in several sites at once: [A_1 A_2 ...], each found with the others at zero."""
+    row = beside(*(_operator(name, reading) for reading in alone))
+    mean, mean_2, offset = whole.means(name)
+    rtol = 10 * PROBE_RTOL.get(mean.dtype, 1e-3)
+    if not (_close(row(whole.x), mean - offset, rtol) and _close(row(whole.x_2), mean_2 - offset, rtol)):
+        raise _NotGaussian(f"the mean of {name!r} is linear in each of {whole.likelihood.site}, but not in all at once")
+    return row
+
+
+def _operator(name: str, reading: _Reading) -> LinearOperator:
     """The linear part of the mean: the operator that was called, the identity, a matrix, or a function."""
-    mean, mean_2, offset = means
-    x, x_2 = first[0], second[0]
+    likelihood, calls = reading.likelihood, reading.calls
+    x, x_2 = reading.x, reading.x_2
+    mean, mean_2, offset = reading.means(name)
     rtol = PROBE_RTOL.get(mean.dtype, 1e-3)
 
     def mean_fn(value: Tensor) -> Tensor:
@@ -326,9 +426,9 @@ def _operator(
         candidate = _called(x, record.output, calls) if record.output.shape == mean.shape else None
         if candidate is not None and agrees(candidate):
             return candidate
-    identity = Identity(tuple(x.shape))
-    if agrees(identity):
-        return identity
+    for simple in (Identity(tuple(x.shape)), Zero(tuple(x.shape), tuple(mean.shape))):
+        if agrees(simple):
+            return simple
 
     mixed = 0.7 * x - 1.9 * x_2
     with torch.no_grad():

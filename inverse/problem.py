@@ -1,4 +1,4 @@
-"""An inverse problem as guided backends see it: one diffusion site of a program, its prior and its likelihood."""
+"""An inverse problem as guided backends see it: the diffusion sites of a program, their prior and their likelihood."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from torch import Tensor
 from inverse.likelihood import Likelihood, read_likelihood
 from ppl.cost import Cost, DenoiserCounter
 from ppl.program import Program
-from ppl.sites import unwrap
+from sde.joint import JointPrior
 
 __all__ = ["DiffusionProblem"]
 
 
 @dataclass(frozen=True)
 class DiffusionProblem:
-    """A program's diffusion site with everything that a guided backend asks for.
+    """A program's diffusion sites with everything that a guided backend asks for.
+
+    Several sites are one to all backends: their flattened values joined into a vector, with a `JointPrior`.
 
     Args:
         program: where it was read from.
-        site: name of the diffusion site.
-        prior: its distribution, a `DiffusionPrior` or a `GaussianMixture`.
-        likelihood: density of the data as a function of the site.
+        sites: names of the diffusion sites, in program order.
+        prior: their distribution, a `DiffusionPrior`, a `GaussianMixture`, or a `JointPrior` of several.
+        likelihood: density of the data as a function of the sites.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -40,7 +42,7 @@ class DiffusionProblem:
     """
 
     program: Program
-    site: str
+    sites: tuple[str, ...]
     prior: Any
     likelihood: Likelihood
 
@@ -48,18 +50,32 @@ class DiffusionProblem:
     def of(
         cls, program: Program, site: str | None = None, given: Mapping[str, Tensor] | None = None
     ) -> DiffusionProblem:
-        """Read the problem off a program; `given` holds values of other latents, if there are any.
+        """Read the problem off a program.
+
+        Args:
+            program: with one diffusion site or more.
+            site: the one to infer; None takes all that have no value in `given`.
+            given: values of the other latents, if there are any.
 
         Raises:
-            CapabilityError: there is no single diffusion site, or other latents have no value.
+            CapabilityError: there is no diffusion site, other latents have no value, or priors depend on each other.
         """
         likelihood = read_likelihood(program, site, given)
-        prior = unwrap(program.sites[likelihood.site].distribution)
-        return cls(program, likelihood.site, prior, likelihood)
+        priors = likelihood.distributions()
+        if len(priors) == 1:
+            return cls(program, likelihood.sites, priors[0], likelihood)
+        plates = [s[: len(s) - len(p.event_shape)] for p, s in zip(priors, likelihood.shapes, strict=True)]
+        joint = JointPrior([p.expand(plate) for p, plate in zip(priors, plates, strict=True)])
+        return cls(program, likelihood.sites, joint, likelihood)
+
+    @property
+    def site(self) -> str:
+        """Name of the site, or all names, for messages."""
+        return self.likelihood.site
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of one value of the site, plates first."""
+        """Shape of one value of the site, plates first; several sites are flattened and joined."""
         return self.likelihood.shape
 
     @property
@@ -101,9 +117,9 @@ class DiffusionProblem:
             self.prior.counters[:] = [c for c in self.prior.counters if c is not counter]
 
     def results(self, x: Tensor) -> dict[str, Tensor]:
-        """Draws by site name from values (chain, draw, *shape), with deterministic sites."""
-        draws = {self.site: x}
-        if self.program.deterministic:
+        """Draws by site name from values (chain, draw, *shape), with deterministic sites where there is any draw."""
+        draws = self.likelihood.split(x)
+        if self.program.deterministic and x.shape[0] * x.shape[1] > 0:
             names = list(self.program.deterministic)
             read = self.program.batched(lambda trace: {n: trace.nodes[n]["value"] for n in names})
             flat = x.reshape(-1, *self.shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = [
     "DDIM",
     "Ancestral",
+    "BlockCovariance",
     "CallCount",
     "Cosine",
     "CovarianceCorrected",
@@ -25,6 +26,7 @@ __all__ = [
     "EpsDenoiser",
     "Estimate",
     "GaussianMixture",
+    "JointPrior",
     "KrylovCovariance",
     "LowRankCovariance",
     "NetworkCovariance",
@@ -59,6 +61,7 @@ from sde.denoiser import (
     count_calls,
 )
 from sde.diffusion import DiffusionPrior
+from sde.joint import BlockCovariance, JointPrior
 from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
 from sde.low_rank import LowRankCovariance

@@ -1,12 +1,14 @@
 """Linear operators of inverse problems: what was measured, as torch modules.
 
 A(x)   A.adjoint(y)   A.pinv(y)   A.svd()   A.solve_gram(r, noise_var, prior_var)   A @ B   A + B   2 * A   stack(A, B)
+beside(A, B)
 """
 
 from __future__ import annotations
 
 from inverse.operators.algebra import Compose, Scaled, Stack, Sum, stack
 from inverse.operators.base import SVD, CallRecord, LinearOperator, record_calls
+from inverse.operators.beside import Beside, Zero, beside
 from inverse.operators.blur import CircularBlur, GaussianBlur, MotionBlur
 from inverse.operators.demosaic import ColourMosaic
 from inverse.operators.dense import Dense, FunctionOperator, probe_affine, probe_linear
@@ -27,6 +29,7 @@ from inverse.operators.wrap import WrappedPhysics, adjoint_error, wrap
 __all__ = [
     "JPEG",
     "SVD",
+    "Beside",
     "BornScattering",
     "CallRecord",
     "CircularBlur",
@@ -60,7 +63,9 @@ __all__ = [
     "Sum",
     "VaryingBlur",
     "WrappedPhysics",
+    "Zero",
     "adjoint_error",
+    "beside",
     "coil_sensitivities",
     "conjugate_gradient",
     "probe_affine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -104,8 +105,25 @@ def test_plates_are_conditioned_one_by_one() -> None:
             x = pyro.sample("x", prior)
         pyro.sample("y", dist.Normal(x.sum(0), 1.0).to_event(1), obs=y)
 
+    data = ys[0].repeat(2)[:3]
+    tied = ppl.infer(Program(mixed, data), Exact(), draws=5)
+    assert tied["x"].shape == (1, 5, 4, 3)
+    weights, means, variances = prior.weights.log(), prior.means, prior.covariances[:, 0, 0]
+    terms = [
+        weights[list(k)].sum()
+        + dist.MultivariateNormal(means[list(k)].sum(0), (1 + variances[list(k)].sum()) * torch.eye(3)).log_prob(data)
+        for k in itertools.product(range(3), repeat=4)
+    ]
+    torch.testing.assert_close(tied.log_evidence.value, torch.stack(terms).logsumexp(0))
+    many = mixture(k=25)
+
+    def too_many(y: Tensor) -> None:
+        with pyro.plate("copies", 4):
+            x = pyro.sample("x", many)
+        pyro.sample("y", dist.Normal(x.sum(0), 1.0).to_event(1), obs=y)
+
     with pytest.raises(CapabilityError, match="several"):
-        ppl.infer(Program(mixed, ys[0].repeat(2)[:3]), Exact(), draws=5)
+        ppl.infer(Program(too_many, data), Exact(), draws=5)
 
 
 def test_plates_that_nothing_measures_keep_the_prior() -> None:

@@ -224,7 +224,7 @@ def test_nuisance_latents_need_a_value_or_a_block() -> None:
         torch.testing.assert_close(likelihood.gaussian.stddev, torch.full((2,), sigma, dtype=F64))
 
 
-def test_the_diffusion_site_is_found_or_must_be_named() -> None:
+def test_the_diffusion_sites_are_found_or_named() -> None:
     def two(y: Tensor) -> None:
         a = pyro.sample("a", PRIOR)
         b = pyro.sample("b", PRIOR)
@@ -232,8 +232,10 @@ def test_the_diffusion_site_is_found_or_must_be_named() -> None:
 
     program = Program(two, Y3)
     assert diffusion_sites(program) == ["a", "b"]
-    with pytest.raises(CapabilityError, match="name one"):
-        read_likelihood(program)
+    both = read_likelihood(program)
+    assert (both.sites, both.shape) == (("a", "b"), (6,))
+    eye = torch.eye(3, dtype=F64)
+    torch.testing.assert_close(both.gaussian.operator.dense(), torch.cat([2 * eye, 4 * eye], 1))
     given = {"a": Y3}
     gaussian = read_likelihood(program, "b", given).gaussian
     torch.testing.assert_close(gaussian.operator.dense(), 4 * torch.eye(3, dtype=F64))
