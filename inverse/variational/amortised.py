@@ -1,0 +1,233 @@
+"""Amortised posteriors: a denoiser D(z_sigma, sigma, y) trained on simulations of a program, then run for its data.
+
+    p(z | y) = law of the reverse diffusion with D,   D = argmin E_{p(z, y)} lambda(sigma) |D(z + sigma n, sigma, y) - z|^2
+
+No density is needed, only simulations; draws for new data cost one run of a sampler. With `correct` the draws come from
+the probability flow with their exact density q, and are weighted by p(z, y) / q(z).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inverse.variational.amortised_fitted import FittedDenoiser, join
+from inverse.variational.amortised_pairs import Pairs, givens
+from inverse.variational.amortised_training import Training, judge
+from ppl.backend import register
+from ppl.errors import OptionError
+from ppl.monitor import Monitor
+from ppl.posterior import Posterior
+from ppl.program import Program
+from sde.solvers import DPMSolver2MSDE
+from sde.solvers.transition import Solver
+
+__all__ = ["AmortisedDenoiser"]
+
+
+class _IfCorrected:
+    """Class data that holds for an object whose draws are weighted; the class itself promises nothing."""
+
+    def __init__(self, corrected: Any, otherwise: Any) -> None:
+        self.corrected, self.otherwise = corrected, otherwise
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        return self.corrected if owner is not None and owner.correct else self.otherwise
+
+
+@register
+@dataclass(frozen=True)
+class AmortisedDenoiser:
+    r"""Trains a denoiser on simulations of the program, then draws from the posterior of its data.
+
+    One training serves all data: `fit(program).posterior(y=...)`, `program.over(y=ys)`, or a `file` that `FittedDenoiser`
+    wrote. A chain is a training of its own, so that their disagreement shows what training left open; with a `file`
+    chains are independent draws from one network.
+
+    Without correction the draws are as good as the network, and no more draws make them better: judge it by
+    `ppl.diagnostics.sbc`. Corrected draws are importance-weighted: exact as draws grow for any network, given finite
+    weights, which k-hat tells (reliable below 0.7).
+
+    Args:
+        steps: training steps; the learning rate falls to zero over them.
+        batch: simulated pairs per step, fresh ones every time.
+        width: hidden units of the residual MLP.
+        depth: its blocks.
+        lr: learning rate of Adam.
+        network: a torch module of your own instead: (x, level, data) -> like x. x is (rows, *shape) where there is one
+            latent site, else (rows, dim), in units of its spread; data likewise for observed sites; level (rows,) is
+            ln(sigma) / 4. It is copied, and goes on from the weights it has.
+        correct: draw by the probability flow, with weights p / q, evidence and k-hat; up to 64 dimensions.
+        levels: noise levels of the sampler.
+        sigma_max: the first of them, in units of the latents' spread.
+        sigma_min: the last.
+        solver: sampler of draws that are not corrected.
+        p_mean: mean of ln sigma in training.
+        p_std: standard deviation of ln sigma.
+        ema: width of the averaging of weights; 1 / ema is about the share of the steps that count.
+        file: a trained denoiser, to be used instead of training one.
+        chunk: most rows per network call when drawing; None is no limit.
+
+    Raises:
+        OptionError: an option is out of range.
+
+    Source: Karras et al. (2022) for the loss [read]; Geffner, Papamakarios & Mnih (2023) for posteriors by denoising
+        simulated pairs [inferred].
+
+    Example:
+        >>> import ppl, pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> program = Program(model, torch.tensor(2.0))
+        >>> backend = AmortisedDenoiser(steps=200, width=16, depth=1, correct=True)
+        >>> posterior = ppl.infer(program, backend, draws=500)
+        >>> bool((posterior.mean("mu") - 1.0).abs() < 0.2), bool(posterior.info["pareto_k"] < 0.7)
+        (True, True)
+    """
+
+    steps: int = 4000
+    batch: int = 256
+    width: int = 128
+    depth: int = 3
+    lr: float = 2e-3
+    network: nn.Module | None = None
+    correct: bool = False
+    levels: int = 40
+    sigma_max: float = 40.0
+    sigma_min: float = 0.005
+    solver: Solver = field(default_factory=DPMSolver2MSDE)
+    p_mean: float = -1.0
+    p_std: float = 1.6
+    ema: float = 16.0
+    file: str | Path | None = None
+    chunk: int | None = None
+
+    exact: ClassVar[Any] = _IfCorrected("in_the_limit", "never")
+    limit: ClassVar[Any] = _IfCorrected(("draws",), ("steps",))
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_chains: ClassVar[int] = 1
+    batches_problems: ClassVar[bool] = True
+    holds_denoisers: ClassVar[bool] = True  # it simulates a diffusion prior, and never asks for its density
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "width", "levels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be a whole number, one or more, got {value!r}")
+        if self.depth < 0 or not isinstance(self.depth, int):
+            raise OptionError(f"depth must be a whole number, zero or more, got {self.depth!r}")
+        for name in ("lr", "p_std"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"{name} must be positive and finite, got {value}")
+        if not (0 < self.sigma_min < self.sigma_max < math.inf):
+            raise OptionError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not math.isfinite(self.p_mean) or self.ema < 0:
+            raise OptionError(f"p_mean must be finite and ema zero or more, got {self.p_mean} and {self.ema}")
+        if self.network is not None and not isinstance(self.network, nn.Module):
+            raise OptionError(
+                f"network must be a torch module, called as (x, level, data), got {type(self.network).__name__}"
+            )
+        if getattr(self.solver, "needs_covariance", False) or not hasattr(self.solver, "step"):
+            raise OptionError(f"solver must be one of sde.solvers that needs no covariance, got {self.solver!r}")
+        if self.chunk is not None and self.chunk < 1:
+            raise OptionError(f"chunk must be at least one row, or None for no limit, got {self.chunk}")
+
+    @property
+    def levels_of_training(self) -> dict[str, float]:
+        """The law of ln sigma in training."""
+        return {"p_mean": self.p_mean, "p_std": self.p_std}
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Train (or load) and draw; see `ppl.infer`."""
+        if self.file is not None:
+            fitted = replace(FittedDenoiser.load(self.file, program, self.network), options=self)
+            return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        for i in range(chains):
+            with monitor.section(f"chain {i}"):
+                fitted = self.fit(program, generator=generator, monitor=monitor)
+                parts.append(fitted.sample(program, draws, generator, monitor))
+            if monitor.interrupted:
+                break
+        if len(parts) > 1 and parts[-1][0].shape[1] < draws:
+            del parts[-1]  # cut short: it would cost the finished chains their draws
+        z = torch.stack([p[0] for p in parts], 1)
+        log_q = torch.stack([p[1] for p in parts if p[1] is not None], 1) if self.correct else None
+        made = join(fitted, program, z, log_q, monitor)
+        return replace(made, attrs={**made.attrs, "complete": made.complete and len(parts) == chains})
+
+    def fit(
+        self,
+        program: Program,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        monitor: Monitor | None = None,
+        start: FittedDenoiser | None = None,
+    ) -> FittedDenoiser:
+        """Train the denoiser; the data of the program are not looked at.
+
+        Args:
+            program: what is simulated; of `program.over(...)` the first problem.
+            generator: source of all randomness; made from the seed when None.
+            seed: see generator.
+            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
+            start: a denoiser of this program to go on from; the learning rate starts again.
+
+        Raises:
+            ProgramError: a latent is discrete, or simulations are not draws from the program's density.
+            OptionError: `start` has another network.
+        """
+        program = program if program.problems is None else program.problem(0)
+        generator = generator or torch.Generator(program.device).manual_seed(seed)
+        monitor = monitor or Monitor(generator=generator)
+        pairs = Pairs(program)
+        begun = None
+        if start is not None:
+            same = (start.options.width, start.options.depth) == (self.width, self.depth)
+            if (start.options.network is None) != (self.network is None) or not (same or self.network is not None):
+                raise OptionError(
+                    f"cannot go on from a network of width {start.options.width} and depth {start.options.depth} with "
+                    f"width {self.width} and depth {self.depth}; use the same network"
+                )
+            start._check([program])
+            begun = (start.network, start.scales)
+        training = Training(self, pairs, generator, begun)
+        finished = monitor.finished("training")
+        saved = finished if finished is not None else monitor.resume()
+        if saved is not None:
+            training.load(saved)
+        if finished is None:
+            for _ in monitor.steps(self.steps, "training", start=training.step):
+                loss = training.advance()
+                monitor.cost.add(denoiser_calls=1, denoiser_evals=self.batch, vjps=self.batch)
+                monitor.report(loss=loss)
+                monitor.checkpoint(training.step, training.state)
+            if monitor.interrupted:
+                monitor.checkpoint(training.step, training.state)
+            monitor.finish("training", training.state())
+        for note in pairs.notes:
+            monitor.note(note)
+        history = training.history[: training.step]
+        network = training.averaged
+        return FittedDenoiser(
+            program=program,
+            network=network,
+            scales=training.scales,
+            options=self,
+            history=history if start is None else torch.cat([start.history, history]),
+            loss=judge(network, self.levels_of_training, training.scales, pairs, seed=0),
+            complete=training.step == self.steps,
+            mask=pairs.mask,
+            given=givens(program),
+        )

@@ -1,0 +1,384 @@
+"""A trained amortised posterior: draws for any data, their density, files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inverse.variational.amortised_flow import push_forward
+from inverse.variational.amortised_pairs import Pairs, data_of, givens
+from inverse.variational.amortised_training import Scales, build_network, judge
+from ppl.backend import stack_problems
+from ppl.errors import CheckpointError, OptionError, ProgramError, ShapeError
+from ppl.flat import FlatDensity
+from ppl.monitor import Monitor
+from ppl.posterior import Estimate, Posterior
+from ppl.program import Program
+from ppl.storage import load_tensors, save_tensors
+from ppl.vi.fitted import full_log_density
+from sde.denoiser import EDMDenoiser
+from sde.schedule import log_grid
+from sde.solvers import sample
+
+if TYPE_CHECKING:
+    from inverse.variational.amortised import AmortisedDenoiser
+
+__all__ = ["FittedDenoiser", "join"]
+
+ROWS_AT_ONCE = 8192
+LARGEST = 64  # entries of a latent vector whose density is worth its Jacobians
+FAR = 6.0  # standard errors between two losses that belong to different programs
+LANES = 512
+
+
+@dataclass(frozen=True, eq=False)
+class FittedDenoiser:
+    """D(z_sigma, sigma, y), trained on simulations of a program; one training serves all data.
+
+    The program is part of what was learned: `load` and `posterior` refuse one with other sites, covariates or
+    parameters, and `load` one on whose simulations the denoiser errs otherwise than it did at the end of its training.
+
+    Args:
+        program: what was simulated (one problem).
+        network: averaged weights, in evaluation mode, on vectors.
+        scales: of simulated latents and data.
+        options: of training and drawing.
+        history: (steps,) training losses, float64.
+        loss: denoising loss on fresh pairs with its standard error; 1 is what a network that knows nothing reaches.
+        complete: whether the training ran to its end.
+        mask: (data_dim,) which data are seen.
+        given: names of the model's other inputs, and a hash of their values.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from inverse import AmortisedDenoiser
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> fitted = AmortisedDenoiser(steps=200, width=16, depth=1).fit(Program(model, torch.tensor(0.0)))
+        >>> means = [float(fitted.posterior(500, y=torch.tensor(y)).mean("mu")) for y in (-2.0, 2.0)]
+        >>> means[0] < -0.5 < 0.5 < means[1]                              # exact: -1 and 1
+        True
+    """
+
+    program: Program
+    network: nn.Module
+    scales: Scales
+    options: AmortisedDenoiser
+    history: Tensor
+    loss: tuple[float, float]
+    complete: bool
+    mask: Tensor = field(repr=False)
+    given: tuple[list[str], str] = field(repr=False)
+
+    # Draws -----------------------------------------------------------------------------------------------------------
+
+    def posterior(
+        self,
+        draws: int = 1000,
+        chains: int = 1,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        *,
+        program: Program | None = None,
+        correct: bool | None = None,
+        monitor: Monitor | None = None,
+        **data: Tensor,
+    ) -> Posterior:
+        """Independent draws of the posterior.
+
+        Args:
+            draws: draws per chain.
+            chains: chains; all are independent draws from one network.
+            generator: source of all randomness; made from the seed when None.
+            seed: see generator.
+            program: the same program with other data, also `program.over(...)`; that of the training when None.
+            correct: weight the draws by p / q; as in the options when None.
+            monitor: progress, Ctrl-C, cost; a quiet one when None.
+            **data: data by argument or observed site, instead of a program.
+
+        Raises:
+            ProgramError: the program is not the one that was simulated.
+        """
+        if draws < 1 or chains < 1:
+            raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
+        program = (self.program if program is None else program).with_data(**data) if data else program or self.program
+        generator = generator or torch.Generator(program.device).manual_seed(seed)
+        fitted = self if correct is None else replace(self, options=replace(self.options, correct=correct))
+        monitor = monitor or Monitor(generator=generator)
+        z, log_q = fitted.sample(program, draws * chains, generator, monitor)
+        kept = z.shape[1] // chains
+        shape = (len(z), chains, kept)
+        z = z[:, : chains * kept].reshape(*shape, -1)
+        made = join(fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor)
+        return replace(made, cost=monitor.cost.copy(), attrs={**made.attrs, "notes": list(monitor.notes)})
+
+    def sample(
+        self, program: Program, draws: int, generator: torch.Generator, monitor: Monitor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Unconstrained draws (problems, draws, dim), and their log density where the options ask for a correction.
+
+        After Ctrl-C the draws that are finished; all of them if it came before.
+        """
+        options, singles = self.options, _singles(program)
+        self._check(singles)
+        raw = torch.stack([data_of(one, self.mask) for one in singles])
+        self._warn(raw, monitor)
+        data = self.scales.standard_data(raw)
+        dim, dtype = len(self.scales.z_mean), program.dtype
+        if options.correct and dim > LARGEST:
+            raise OptionError(
+                f"the correction needs Jacobians of a flow in {dim} dimensions, {LARGEST} is the most; use correct=False, "
+                "or draw with an exact engine"
+            )
+        network = copy.deepcopy(self.network).to(dtype)
+        sigmas = log_grid(options.sigma_max, options.sigma_min, options.levels)
+        size = max(1, ROWS_AT_ONCE // len(singles))
+        sizes = [min(size, draws - at) for at in range(0, draws, size)]
+        seeds = torch.randint(2**62, (len(sizes),), generator=generator, device=generator.device).tolist()
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        blocks = range(len(sizes)) if monitor.interrupted else monitor.steps(len(sizes), "drawing")
+        with torch.no_grad():
+            for block in blocks:
+                own = torch.Generator(generator.device).manual_seed(seeds[block])
+                y = data.repeat_interleave(sizes[block], 0)
+                noise = torch.randn(len(y), dim, generator=own, dtype=dtype, device=generator.device)
+                u, log_q = self._block(network, noise, y, sigmas, own, monitor)
+                monitor.check_finite("draws of the denoiser", u, "the end of the sampler")
+                z = self.scales.z_mean + self.scales.z_sd * u
+                lead = (len(singles), sizes[block])
+                if log_q is not None:
+                    log_q = (log_q - self.scales.z_sd.log().sum()).reshape(lead)
+                parts.append((z.reshape(*lead, dim), log_q))
+        z = torch.cat([p[0] for p in parts], 1)
+        return z, torch.cat([p[1] for p in parts if p[1] is not None], 1) if options.correct else None
+
+    def _block(
+        self, network: nn.Module, noise: Tensor, y: Tensor, sigmas: Tensor, generator: torch.Generator, monitor: Monitor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Standardised draws (rows, dim) from noise, and their log density."""
+        options, denoiser = self.options, EDMDenoiser(network, 1.0)
+        chunk = options.chunk or len(noise)
+
+        def denoise(x: Tensor, sigma: Tensor, y: Tensor = y) -> Tensor:
+            calls = -(-len(x) // chunk)
+            monitor.cost.add(denoiser_calls=calls, denoiser_evals=len(x))
+            return torch.cat([denoiser(a, sigma, b) for a, b in zip(x.split(chunk), y.split(chunk), strict=True)])
+
+        if not options.correct:
+            first = sigmas[0]
+            x = denoise(torch.zeros_like(noise), first) + first.to(noise) * noise
+            return sample(options.solver, denoise, x, sigmas, generator), None
+        parts = [
+            push_forward(lambda x, sigma, y=b: denoise(x, sigma, y), a, sigmas)
+            for a, b in zip(noise.split(chunk), y.split(chunk), strict=True)
+        ]
+        monitor.cost.add(vjps=noise.numel() * 2 * (len(sigmas) - 1))
+        folded = sum(p[2] for p in parts)
+        if folded:
+            monitor.note(
+                f"{folded} draws went through a step of the flow that is not one-to-one, so that their weights are not "
+                "exact; raise levels"
+            )
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _check(self, singles: Sequence[Program]) -> None:
+        """All problems have the sites, covariates and parameters that were simulated."""
+        names, hashed = self.given
+        for one in singles:
+            if _sites(one) != _sites(self.program):
+                raise ShapeError(
+                    f"the denoiser was trained on the sites {_sites(self.program)}, the program has {_sites(one)}"
+                )
+            if givens(one, names)[1] != hashed:
+                raise ProgramError(
+                    f"the denoiser was trained with other values of {names}; only observed data may differ from those of "
+                    "the training: train again, or make them latent sites or data"
+                )
+
+    def _warn(self, data: Tensor, monitor: Monitor) -> None:
+        outside = max(self.scales.outside(row) for row in data)
+        if outside:
+            monitor.note(
+                f"{outside} of the data lie outside all that was simulated: the network extrapolates there; see "
+                "program.check()"
+            )
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain data and tensors from which `load` builds the same denoiser again."""
+        own = self.options
+        meta = {
+            "kind": "FittedDenoiser",
+            "format": 1,
+            "network": {"width": own.width, "depth": own.depth} if own.network is None else None,
+            "levels": own.levels_of_training,
+            "sites": _sites(self.program),
+            "given": tuple(self.given),
+            "loss": self.loss,
+            "complete": self.complete,
+        }
+        tensors = {f"network.{n}": v for n, v in self.network.state_dict().items()}
+        tensors |= {f"scales.{n}": v for n, v in vars(self.scales).items()}
+        return meta, {**tensors, "history": self.history}
+
+    def save(self, path: str | Path) -> None:
+        """Write the denoiser to one safetensors file, with a checksum and without the program."""
+        meta, tensors = self.state()
+        save_tensors(path, tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | Path, program: Program, network: nn.Module | None = None) -> FittedDenoiser:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            program: the program it was trained on, with any data.
+            network: the user's own network, where one was trained; its weights come from the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file is damaged, or not of a denoiser.
+            ShapeError: the program has other sites.
+            ProgramError: the program is another one.
+        """
+        tensors, meta = load_tensors(path)
+        return cls.from_state(meta, tensors, program, network, str(path))
+
+    @classmethod
+    def from_state(
+        cls,
+        meta: Any,
+        tensors: dict[str, Tensor],
+        program: Program,
+        network: nn.Module | None = None,
+        where: str = "the state",
+    ) -> FittedDenoiser:
+        """The inverse of `state`, for the same program with any data."""
+        from inverse.variational.amortised import AmortisedDenoiser
+
+        if not isinstance(meta, dict) or meta.get("kind") != "FittedDenoiser" or meta.get("format") != 1:
+            raise CheckpointError(f"{where} does not hold a trained denoiser; give the path that FittedDenoiser.save wrote")
+        program = _singles(program)[0]
+        if (network is None) != (meta["network"] is not None):
+            which = "holds weights of a network of your own: pass network=" if network is None else "has its own network"
+            raise OptionError(f"{where} {which}")
+        if meta["sites"] != _sites(program):
+            raise ShapeError(f"{where} was trained on the sites {meta['sites']}, but the program has {_sites(program)}")
+        options = AmortisedDenoiser(**(meta["network"] or {}), network=network, **meta["levels"])
+        pairs = Pairs(program)
+        built = build_network(options, pairs, torch.Generator(program.device).manual_seed(0))
+        place = program.device
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): v.to(place) for n, v in tensors.items() if n.startswith(prefix)}
+
+        try:
+            built.load_state_dict(part("network."))
+        except RuntimeError as error:
+            raise OptionError(f"the weights in {where} do not fit the network: {error}") from error
+        scales = Scales(**{n: v.to(program.dtype) for n, v in part("scales.").items()})
+        names, hashed = meta["given"]
+        loaded = cls(
+            program=program,
+            network=built.eval().requires_grad_(False),
+            scales=scales,
+            options=options,
+            history=tensors["history"],
+            loss=tuple(meta["loss"]),
+            complete=meta["complete"],
+            mask=pairs.mask,
+            given=(names, hashed),
+        )
+        loaded._check([program])
+        loaded._recognise(pairs, where)
+        return loaded
+
+    def _recognise(self, pairs: Pairs, where: str) -> None:
+        """Refuse a program on whose simulations the denoiser errs otherwise than on those of its own."""
+        mean, stderr = judge(self.network, self.options.levels_of_training, self.scales, pairs, seed=1)
+        if abs(mean - self.loss[0]) > FAR * math.hypot(stderr, self.loss[1]):
+            raise ProgramError(
+                f"{where} was trained on another program: its loss was {self.loss[0]:.4f}, on simulations of this one it "
+                f"is {mean:.4f}; only observed data may differ, not priors, noise or the forward model"
+            )
+
+
+def join(
+    fitted: FittedDenoiser, program: Program, z: Tensor, log_q: Tensor | None, monitor: Monitor
+) -> Posterior:
+    """The posterior of unconstrained draws.
+
+    Args:
+        fitted: kept as the guide.
+        program: one problem or many.
+        z: (problems, chains, draws, dim).
+        log_q: (problems, chains, draws) their log density, for weighted draws.
+        monitor: cost and notes.
+    """
+    singles = _singles(program)
+    shape = z.shape[1:3]
+    parts = []
+    for i, one in enumerate(singles):
+        flat = FlatDensity(one, coordinates=True)
+        rows = z[i].reshape(-1, z.shape[-1])
+        draws = {n: v.reshape(*shape, *v.shape[1:]) for n, v in flat.constrain(rows).items()}
+        extra: dict[str, Any] = {}
+        if log_q is not None:
+            log_p, _ = full_log_density(one.flat(), rows, LANES)
+            monitor.cost.add(density_evals=len(rows))
+            log_weight = (log_p - log_q[i].reshape(-1)).double()
+            extra = _weighted(log_weight.reshape(shape), log_p.reshape(shape), log_q[i])
+        parts.append(Posterior(draws=draws, **extra))
+    made = parts[0] if program.problems is None else stack_problems(parts, len(singles))
+    k_hat = made.info.get("pareto_k")
+    if k_hat is not None and bool((k_hat > 0.7).any()):
+        monitor.note(
+            f"k-hat of the importance weights is {float(k_hat.max()):.2f}, above 0.7: the trained posterior misses part "
+            "of the true one; train longer, or with more width"
+        )
+    attrs = {"backend": type(fitted.options).__name__, "exact": fitted.options.exact}
+    attrs["complete"] = fitted.complete and not monitor.interrupted
+    return replace(
+        made,
+        parameters=dict(program.parameters),
+        guide=fitted,
+        info={**made.info, "loss_history": fitted.history, "loss": torch.tensor(fitted.loss, dtype=torch.float64)},
+        observed=dict(program.observed_data()),
+        attrs={**made.attrs, **attrs},
+    )
+
+
+def _weighted(log_weight: Tensor, log_p: Tensor, log_q: Tensor) -> dict[str, Any]:
+    """Weights, evidence and k-hat of draws (chain, draw)."""
+    from ppl.diagnostics import pareto_khat
+
+    flat = log_weight.reshape(-1)
+    value = flat.logsumexp(0) - math.log(len(flat))
+    relative = (flat - value).exp()
+    spread = relative.std() / math.sqrt(len(flat)) if len(flat) > 1 else torch.tensor(math.inf)
+    fit = len(flat) >= 25 and bool(torch.isfinite(flat).all())
+    k_hat = pareto_khat(flat) if fit else torch.tensor(math.nan, dtype=torch.float64)
+    info = {"lp": log_p, "log_q": log_q, "pareto_k": k_hat}
+    return {"log_weight": log_weight, "log_evidence": Estimate(value, spread), "info": info}
+
+
+def _singles(program: Program) -> list[Program]:
+    """The problems one by one."""
+    return [program] if program.problems is None else [program.problem(i) for i in range(program.problems)]
+
+
+def _sites(program: Program) -> dict[str, str]:
+    """What has to agree between the program that was simulated and the one to be solved."""
+    return {
+        n: f"{'data' if s.observed else 'noise' if n in program.lifted else 'latent'} {tuple(s.shape)} in {s.support}"
+        for n, s in program.sites.items()
+    }
