@@ -153,10 +153,10 @@ def infer(
     chains = backend.default_chains if chains is None else chains
     if draws < 1 or chains < 1:
         raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
-    if not program.observed:
+    if not program.has_data:
         raise ProgramError(
             "the program has no observed site: there is nothing to condition on. Give at least one pyro.sample data "
-            "with obs=; to draw from the prior use program.simulate(generator)"
+            "with obs=, or a pyro.factor; to draw from the prior use program.simulate(generator)"
         )
     check_capabilities(backend, program)
     generator = torch.Generator(program.device).manual_seed(seed)

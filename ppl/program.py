@@ -24,7 +24,16 @@ from ppl.check import findings
 from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
 from ppl.simulate import predict, simulate
-from ppl.sites import Site, check_latents, check_observations, is_deterministic, read_sites, same_distribution
+from ppl.sites import (
+    Site,
+    check_latents,
+    check_observations,
+    is_deterministic,
+    is_factor,
+    read_sites,
+    same_distribution,
+    unwrap,
+)
 from ppl.trace import Run, log_prob_of, run_model, seeded, settings
 
 if TYPE_CHECKING:
@@ -107,6 +116,11 @@ class Program:
     def observed(self) -> dict[str, Site]:
         """Observed sites by name, in program order."""
         return {n: s for n, s in self.sites.items() if s.observed}
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is something to condition on: an observed site or a `pyro.factor`."""
+        return bool(self.observed or self.factors)
 
     @property
     def subsampled(self) -> dict[str, tuple[int, int]]:
@@ -398,12 +412,15 @@ class Program:
             }
         self.sites = sites
         self.first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
+        if not tensors:  # without data a program lives where its priors do
+            self._follow_priors(sites, keep_dtype)
         check_latents(sites, floating[0] if floating else None, self.device)
         self.data = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if s.observed}
         self.nesting = max((-f.dim for s in sites.values() for f in s.frames), default=0)
         self.deterministic: dict[str, torch.Size] = {
             n: node["value"].shape for n, node in trace.nodes.items() if is_deterministic(node)
         }
+        self.factors: tuple[str, ...] = tuple(n for n, node in trace.nodes.items() if is_factor(node))
         params = {n: node["value"] for n, node in trace.nodes.items() if node["type"] == "param"}
         self.parameter_constraints = {
             n: trace.nodes[n]["kwargs"].get("constraint", dist.constraints.real) for n in params
@@ -417,6 +434,15 @@ class Program:
         self._stacked: dict[str, Tensor] = {}
         self._rows: tuple[dict[str, Any], ...] = ()
         self._single_functions = {}
+
+    def _follow_priors(self, sites: Mapping[str, Site], keep_dtype: bool) -> None:
+        """Device and floating type of the first prior that has them."""
+        for site in sites.values():
+            base = unwrap(site.distribution)
+            if "denoiser" in site.capabilities and not site.observed:
+                self.device = torch.device(base.device)
+                self.dtype = self.dtype if keep_dtype else base.dtype
+                return
 
     def _first_trace(self, given: Values) -> Any:
         """Run the model validated; another prior draw is tried where one fails, as those of heavy tails can."""

@@ -24,6 +24,7 @@ __all__ = [
     "check_observations",
     "is_data",
     "is_deterministic",
+    "is_factor",
     "read_sites",
     "same_distribution",
     "unwrap",
@@ -114,6 +115,11 @@ def is_deterministic(msg: Any) -> bool:
         return False
     delta = isinstance(unwrap(msg["fn"]), dist.Delta) and isinstance(msg["fn"], dist.MaskedDistribution)
     return delta or bool(msg["infer"].get("_deterministic", False))
+
+
+def is_factor(msg: Any) -> bool:
+    """Whether a sample message or trace node is a `pyro.factor`."""
+    return bool(msg["type"] == "sample" and msg["is_observed"] and isinstance(unwrap(msg["fn"]), dist.Unit))
 
 
 def is_data(msg: Any) -> bool:

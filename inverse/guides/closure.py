@@ -102,7 +102,9 @@ def floored_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram + eye)
-    failed = info > 0
+    finite = gram.isfinite().all(-1).all(-1)
+    factor[~finite] = torch.nan  # a lane that diverged; the others go on
+    failed = (info > 0) & finite
     if bool(failed.any()):
         values, vectors = torch.linalg.eigh(gram[failed])
         floored = (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT

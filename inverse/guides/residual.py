@@ -22,9 +22,16 @@ def residual_fn(problem: DiffusionProblem) -> Callable[[Tensor], Tensor]:
     A(x) is the mean of the observed distribution, linear in x or not; masked entries are left out (they are zero).
 
     Raises:
-        CapabilityError: when an observed distribution has no mean to compare real data with.
+        CapabilityError: when an observed distribution has no mean to compare real data with, or the program has a
+            factor, which is no comparison with data and would be left out.
     """
     likelihood = problem.likelihood
+    if problem.program.factors:
+        raise CapabilityError(
+            f"the published weight compares data with their mean and would leave out pyro.factor "
+            f'{problem.program.factors[0]!r}; use the likelihood itself: weight="likelihood" (DPS) or '
+            'scale="likelihood" (RED-diff)'
+        )
     gaussian = likelihood.gaussian if likelihood.is_gaussian else None
     if gaussian is not None and gaussian.stddev is not None:
         data = gaussian.data * gaussian.stddev

@@ -19,7 +19,7 @@ from inverse.guides.base import likelihood_gradient
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
-from inverse.samplers.trajectory import TrajectorySampler, check_level
+from inverse.samplers.trajectory import TrajectorySampler
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -179,7 +179,6 @@ class _Decoupled:
         points = edm_grid(s, min(0.01, s / 10), self.options.ode_steps + 1)[:-1]
         for a, b in pairwise(points.tolist()):
             x = x + (b - a) / a * (x - self.problem.prior.denoise(x, a))
-            check_level(x, b)
         return x
 
     def _draw(self, center: Tensor, s: float, noise: Noise) -> Tensor:

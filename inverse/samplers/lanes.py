@@ -7,9 +7,10 @@ grouping, an interruption and a resumption leave the draws as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor
@@ -120,8 +121,9 @@ def run_lanes(
 ) -> tuple[Tensor, bool]:
     """Run a method for all draws of all chains.
 
-    A group that runs out of memory is halved and begun again, down to one draw. After an interruption, or a value that
-    is not finite in a later group, the draws of the finished groups are returned, equally many for every chain.
+    A group that runs out of memory is halved and begun again, down to one draw. After an interruption the draws of the
+    finished groups are returned. A lane that is no longer finite is left out, with a note of its step, and the others
+    go on as if it were not there; what is left is dealt to the chains anew, equally many for each.
 
     Args:
         method: what to do in a step.
@@ -137,7 +139,7 @@ def run_lanes(
         (chain, draw, *shape) draws, and whether they are complete.
 
     Raises:
-        NotFiniteError: if the first group meets a NaN.
+        NotFiniteError: if no lane, or fewer than there are chains, stays finite to the end.
     """
     total = draws * chains
     blocks = math.ceil(total / BLOCK)
@@ -146,57 +148,117 @@ def run_lanes(
     if saved is None:
         seeds = torch.randint(2**63 - 1, (blocks,), generator=generator, device=generator.device).cpu()
         done = torch.empty(0, *problem.shape, dtype=problem.dtype, device=problem.device)
+        lost = torch.zeros(0, dtype=torch.long)
         size = total if chunk is None else min(chunk, total)
     else:
-        seeds, done, size = saved.pop("seeds"), saved.pop("done"), int(saved.pop("size"))
-    shared = {"seeds": seeds, "done": done, "size": torch.tensor(size)}
+        seeds, done, size, lost = saved.pop("seeds"), saved.pop("done"), int(saved.pop("size")), saved.pop("lost")
+    shared = {"seeds": seeds, "done": done, "lost": lost.cpu(), "size": torch.tensor(size)}
     while len(done) < total:
         stop = min(len(done) + size, total)
         try:
             group = _run_group(run, shared, len(done), stop, saved)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, NotFiniteError) and len(done):
-                monitor.note(f"stopped after {len(done)} of {total} draws: {error}")
-                break
             if not _out_of_memory(error) or stop - len(done) == 1:
                 raise
             size = math.ceil((stop - len(done)) / 2)
             monitor.note(f"{stop - len(done)} draws at a time did not fit into memory; went on with chunk={size}")
-            group, saved = done[:0], None
+            group, saved = (done[:0], shared["lost"][:0]), None
         if group is None:
             break
-        done, saved = torch.cat([done, group]), None
-        shared |= {"done": done, "size": torch.tensor(size)}
+        done, saved = torch.cat([done, group[0]]), None
+        shared |= {"done": done, "lost": torch.cat([shared["lost"], group[1]]), "size": torch.tensor(size)}
+    done = _finite(run, done, shared["lost"], chains)
     kept = len(done) // chains
     # Lanes go through the chains first, so that what is finished is the same number of draws of each.
     x = done[: kept * chains].reshape(kept, chains, *problem.shape).movedim(0, 1)
     return x.contiguous(), kept == draws
 
 
-def _run_group(run: _Run, shared: Mapping[str, Tensor], start: int, stop: int, saved: State | None) -> Tensor | None:
-    """Draws of lanes start ... stop - 1; None when interrupted."""
+def _finite(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
+    """The draws that stayed finite; a note, or an error, says where the others were lost."""
+    bad = lost[lost > 0]
+    if not len(bad):
+        return done
+    total = run.method.steps
+    steps = [
+        f"{n} at step {s} of {total}"
+        for s, n in zip(*(t.tolist() for t in bad.unique(return_counts=True)), strict=True)
+    ]
+    where = ", ".join(steps[:3]) + (" and others later" if len(steps) > 3 else "")
+    kept = done[(lost == 0).to(done.device)]
+    cure = "take more steps or weaker guidance, check the model there, or try float64"
+    if len(kept) < chains:
+        raise NotFiniteError(
+            f"{run.problem.site!r} is not finite in {len(bad)} of {len(lost)} draws ({where}), which leaves "
+            f"{len(kept)} for {chains} chains; {cure}"
+        )
+    run.monitor.note(
+        f"{len(bad)} of {len(lost)} draws diverged ({where}) and are left out; the others are kept, though they are "
+        f"draws of what did not diverge: {cure}"
+    )
+    return kept
+
+
+def _run_group(
+    run: _Run, shared: Mapping[str, Tensor], start: int, stop: int, saved: State | None
+) -> tuple[Tensor, Tensor] | None:
+    """Draws of lanes start ... stop - 1, and the steps at which lanes were lost, 0 for none; None when interrupted."""
     noise = Lanes(shared["seeds"], start, stop, run.problem, run.device)
     if saved is None:
         first, state = 0, run.method.begin(stop - start, noise)
+        lost = torch.zeros(stop - start, dtype=torch.long)
     else:
-        first = int(saved.pop("step"))
+        first, lost = int(saved.pop("step")), saved.pop("losing").cpu()
         noise.unpack(saved.pop("noise"))
         state = {name.removeprefix("lane."): t for name, t in saved.items()}
     total = run.method.steps
     label = run.label if shared["size"] >= stop and not start else f"{run.label}, draws {start}-{stop - 1}"
     done = first
     for step in run.monitor.steps(total, label, start=first):
-        state = run.method.advance(step, state, noise)
-        run.monitor.check_finite("x", state["x"], f"step {step + 1} of {total}")
+        if bool((lost == 0).any()):
+            with _unchecked(run.problem.prior):
+                state = run.method.advance(step, state, noise)
+            state, lost = _mark(state, lost, step + 1)
         done = step + 1
-        now = state
+        now, gone = state, lost
 
         def pack() -> State:
             lanes = {f"lane.{name}": t for name, t in now.items()}  # noqa: B023
-            return {**shared, **lanes, "noise": noise.pack()}
+            return {**shared, **lanes, "losing": gone, "noise": noise.pack()}  # noqa: B023
 
         run.monitor.checkpoint(done, pack)
-    return run.method.end(state, noise) if done == total else None
+    if done < total:
+        return None
+    x = run.method.end(state, noise)
+    return x, torch.where((lost == 0) & ~_finite_lanes(x).cpu(), total, lost)
+
+
+@contextmanager
+def _unchecked(prior: Any) -> Iterator[None]:
+    """Let the prior take values that are not finite: a lane may diverge inside a step, and is found at its end."""
+    before, prior._validate_args = prior._validate_args, False
+    try:
+        yield
+    finally:
+        prior._validate_args = before
+
+
+def _finite_lanes(x: Tensor) -> Tensor:
+    """(lanes,) whether all of a lane is finite."""
+    return x.isfinite().reshape(len(x), -1).all(1)
+
+
+def _mark(state: State, lost: Tensor, step: int) -> tuple[State, Tensor]:
+    """Note the step of lanes that are no longer finite; copies of a good lane stand in for them from here on."""
+    good = _finite_lanes(state["x"])
+    if bool(good.all()):
+        return state, lost
+    lost = torch.where((lost == 0) & ~good.cpu(), step, lost)
+    kept = (lost == 0).nonzero()
+    if len(kept):
+        index = torch.where(lost == 0, torch.arange(len(lost)), kept[0])
+        state = {name: t[index.to(t.device)] for name, t in state.items()}
+    return state, lost
 
 
 def _out_of_memory(error: BaseException) -> bool:
