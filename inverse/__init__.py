@@ -14,9 +14,10 @@ from inverse.problem import DiffusionProblem
 from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
 from inverse.sensor import Censored, Quantised
 from inverse.split_gibbs import SplitGibbs
-from inverse.variational import REDDiff
+from inverse.variational import AmortisedDenoiser, FittedDenoiser, REDDiff
 
 __all__ = [
+    "AmortisedDenoiser",
     "DAPS",
     "DDNM",
     "DDRM",
@@ -26,6 +27,7 @@ __all__ = [
     "DiffPIR",
     "DiffusionProblem",
     "Exact",
+    "FittedDenoiser",
     "GaussianLikelihood",
     "Guided",
     "GuidedSampler",

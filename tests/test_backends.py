@@ -52,6 +52,12 @@ def gaussian() -> ppl.Program:
 
 # Name in the registry -> backends with few steps, each with a program that fits it.
 CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
+    "AmortisedDenoiser": [
+        (inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4), plain),
+        (inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4), linear),
+        (inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4, correct=True), plain),
+        (ppl.NoiseSpace(inverse.AmortisedDenoiser(steps=4, batch=8, width=8, levels=3, correct=True)), linear),
+    ],
     "DAPS": [(inverse.DAPS(steps=4), linear), (inverse.DAPS(steps=3, inner="hmc", inner_steps=3), linear)],
     "DDNM": [(inverse.DDNM(steps=4), linear), (inverse.DDNM(steps=4, travel_length=2, travel_repeats=2), linear)],
     "DDRM": [(inverse.DDRM(steps=4), linear)],

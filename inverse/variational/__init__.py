@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inverse.variational.amortised import AmortisedDenoiser
+from inverse.variational.amortised_fitted import FittedDenoiser
 from inverse.variational.red_diff import REDDiff
 
-__all__ = ["REDDiff"]
+__all__ = ["AmortisedDenoiser", "FittedDenoiser", "REDDiff"]

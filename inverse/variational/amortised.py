@@ -1,6 +1,6 @@
 """Amortised posteriors: a denoiser D(z_sigma, sigma, y) trained on simulations of a program, then run for its data.
 
-    p(z | y) = law of the reverse diffusion with D,   D = argmin E_{p(z, y)} lambda(sigma) |D(z + sigma n, sigma, y) - z|^2
+    D = argmin E_{p(z, y)} lambda(sigma) |D(z + sigma n, sigma, y) - z|^2,   z | y = end of the reverse diffusion of D
 
 No density is needed, only simulations; draws for new data cost one run of a sampler. With `correct` the draws come from
 the probability flow with their exact density q, and are weighted by p(z, y) / q(z).
@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inverse.variational.amortised_fitted import FittedDenoiser, join
+from inverse.variational.amortised_fitted import FittedDenoiser
 from inverse.variational.amortised_pairs import Pairs, givens
+from inverse.variational.amortised_result import result
 from inverse.variational.amortised_training import Training, judge
 from ppl.backend import register
 from ppl.errors import OptionError
@@ -45,9 +46,9 @@ class _IfCorrected:
 class AmortisedDenoiser:
     r"""Trains a denoiser on simulations of the program, then draws from the posterior of its data.
 
-    One training serves all data: `fit(program).posterior(y=...)`, `program.over(y=ys)`, or a `file` that `FittedDenoiser`
-    wrote. A chain is a training of its own, so that their disagreement shows what training left open; with a `file`
-    chains are independent draws from one network.
+    One training serves all data: `fit(program).posterior(y=...)`, `program.over(y=ys)`, or a `file` written by
+    `FittedDenoiser.save`. A chain is a training of its own, so that their disagreement shows what training left open;
+    with a `file` chains are independent draws from one network.
 
     Without correction the draws are as good as the network, and no more draws make them better: judge it by
     `ppl.diagnostics.sbc`. Corrected draws are importance-weighted: exact as draws grow for any network, given finite
@@ -163,7 +164,7 @@ class AmortisedDenoiser:
             del parts[-1]  # cut short: it would cost the finished chains their draws
         z = torch.stack([p[0] for p in parts], 1)
         log_q = torch.stack([p[1] for p in parts if p[1] is not None], 1) if self.correct else None
-        made = join(fitted, program, z, log_q, monitor)
+        made = result(fitted, program, z, log_q, monitor)
         return replace(made, attrs={**made.attrs, "complete": made.complete and len(parts) == chains})
 
     def fit(

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,13 @@ from torch import Tensor, nn
 
 from inverse.variational.amortised_flow import push_forward
 from inverse.variational.amortised_pairs import Pairs, data_of, givens
+from inverse.variational.amortised_result import result, singles_of
 from inverse.variational.amortised_training import Scales, build_network, judge
-from ppl.backend import stack_problems
 from ppl.errors import CheckpointError, OptionError, ProgramError, ShapeError
-from ppl.flat import FlatDensity
 from ppl.monitor import Monitor
-from ppl.posterior import Estimate, Posterior
+from ppl.posterior import Posterior
 from ppl.program import Program
 from ppl.storage import load_tensors, save_tensors
-from ppl.vi.fitted import full_log_density
 from sde.denoiser import EDMDenoiser
 from sde.schedule import log_grid
 from sde.solvers import sample
@@ -30,12 +29,11 @@ from sde.solvers import sample
 if TYPE_CHECKING:
     from inverse.variational.amortised import AmortisedDenoiser
 
-__all__ = ["FittedDenoiser", "join"]
+__all__ = ["FittedDenoiser"]
 
 ROWS_AT_ONCE = 8192
 LARGEST = 64  # entries of a latent vector whose density is worth its Jacobians
 FAR = 6.0  # standard errors between two losses that belong to different programs
-LANES = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +115,7 @@ class FittedDenoiser:
         kept = z.shape[1] // chains
         shape = (len(z), chains, kept)
         z = z[:, : chains * kept].reshape(*shape, -1)
-        made = join(fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor)
+        made = result(fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor)
         return replace(made, cost=monitor.cost.copy(), attrs={**made.attrs, "notes": list(monitor.notes)})
 
     def sample(
@@ -127,7 +125,7 @@ class FittedDenoiser:
 
         After Ctrl-C the draws that are finished; all of them if it came before.
         """
-        options, singles = self.options, _singles(program)
+        options, singles = self.options, singles_of(program)
         self._check(singles)
         raw = torch.stack([data_of(one, self.mask) for one in singles])
         self._warn(raw, monitor)
@@ -135,8 +133,8 @@ class FittedDenoiser:
         dim, dtype = len(self.scales.z_mean), program.dtype
         if options.correct and dim > LARGEST:
             raise OptionError(
-                f"the correction needs Jacobians of a flow in {dim} dimensions, {LARGEST} is the most; use correct=False, "
-                "or draw with an exact engine"
+                f"the correction needs Jacobians of a flow in {dim} dimensions, {LARGEST} is the most; use "
+                "correct=False, or draw with an exact engine"
             )
         network = copy.deepcopy(self.network).to(dtype)
         sigmas = log_grid(options.sigma_max, options.sigma_min, options.levels)
@@ -177,7 +175,7 @@ class FittedDenoiser:
             x = denoise(torch.zeros_like(noise), first) + first.to(noise) * noise
             return sample(options.solver, denoise, x, sigmas, generator), None
         parts = [
-            push_forward(lambda x, sigma, y=b: denoise(x, sigma, y), a, sigmas)
+            push_forward(partial(denoise, y=b), a, sigmas)
             for a, b in zip(noise.split(chunk), y.split(chunk), strict=True)
         ]
         monitor.cost.add(vjps=noise.numel() * 2 * (len(sigmas) - 1))
@@ -199,8 +197,8 @@ class FittedDenoiser:
                 )
             if givens(one, names)[1] != hashed:
                 raise ProgramError(
-                    f"the denoiser was trained with other values of {names}; only observed data may differ from those of "
-                    "the training: train again, or make them latent sites or data"
+                    f"the denoiser was trained with other values of {names}; only observed data may differ from those "
+                    "of the training: train again, or make them latent sites or data"
                 )
 
     def _warn(self, data: Tensor, monitor: Monitor) -> None:
@@ -266,10 +264,14 @@ class FittedDenoiser:
         from inverse.variational.amortised import AmortisedDenoiser
 
         if not isinstance(meta, dict) or meta.get("kind") != "FittedDenoiser" or meta.get("format") != 1:
-            raise CheckpointError(f"{where} does not hold a trained denoiser; give the path that FittedDenoiser.save wrote")
-        program = _singles(program)[0]
+            raise CheckpointError(
+                f"{where} does not hold a trained denoiser; give the path that FittedDenoiser.save wrote"
+            )
+        program = singles_of(program)[0]
         if (network is None) != (meta["network"] is not None):
-            which = "holds weights of a network of your own: pass network=" if network is None else "has its own network"
+            which = (
+                "holds weights of a network of your own: pass network=" if network is None else "has its own network"
+            )
             raise OptionError(f"{where} {which}")
         if meta["sites"] != _sites(program):
             raise ShapeError(f"{where} was trained on the sites {meta['sites']}, but the program has {_sites(program)}")
@@ -307,73 +309,9 @@ class FittedDenoiser:
         mean, stderr = judge(self.network, self.options.levels_of_training, self.scales, pairs, seed=1)
         if abs(mean - self.loss[0]) > FAR * math.hypot(stderr, self.loss[1]):
             raise ProgramError(
-                f"{where} was trained on another program: its loss was {self.loss[0]:.4f}, on simulations of this one it "
-                f"is {mean:.4f}; only observed data may differ, not priors, noise or the forward model"
+                f"{where} was trained on another program: its loss was {self.loss[0]:.4f}, on simulations of this one "
+                f"it is {mean:.4f}; only observed data may differ, not priors, noise or the forward model"
             )
-
-
-def join(
-    fitted: FittedDenoiser, program: Program, z: Tensor, log_q: Tensor | None, monitor: Monitor
-) -> Posterior:
-    """The posterior of unconstrained draws.
-
-    Args:
-        fitted: kept as the guide.
-        program: one problem or many.
-        z: (problems, chains, draws, dim).
-        log_q: (problems, chains, draws) their log density, for weighted draws.
-        monitor: cost and notes.
-    """
-    singles = _singles(program)
-    shape = z.shape[1:3]
-    parts = []
-    for i, one in enumerate(singles):
-        flat = FlatDensity(one, coordinates=True)
-        rows = z[i].reshape(-1, z.shape[-1])
-        draws = {n: v.reshape(*shape, *v.shape[1:]) for n, v in flat.constrain(rows).items()}
-        extra: dict[str, Any] = {}
-        if log_q is not None:
-            log_p, _ = full_log_density(one.flat(), rows, LANES)
-            monitor.cost.add(density_evals=len(rows))
-            log_weight = (log_p - log_q[i].reshape(-1)).double()
-            extra = _weighted(log_weight.reshape(shape), log_p.reshape(shape), log_q[i])
-        parts.append(Posterior(draws=draws, **extra))
-    made = parts[0] if program.problems is None else stack_problems(parts, len(singles))
-    k_hat = made.info.get("pareto_k")
-    if k_hat is not None and bool((k_hat > 0.7).any()):
-        monitor.note(
-            f"k-hat of the importance weights is {float(k_hat.max()):.2f}, above 0.7: the trained posterior misses part "
-            "of the true one; train longer, or with more width"
-        )
-    attrs = {"backend": type(fitted.options).__name__, "exact": fitted.options.exact}
-    attrs["complete"] = fitted.complete and not monitor.interrupted
-    return replace(
-        made,
-        parameters=dict(program.parameters),
-        guide=fitted,
-        info={**made.info, "loss_history": fitted.history, "loss": torch.tensor(fitted.loss, dtype=torch.float64)},
-        observed=dict(program.observed_data()),
-        attrs={**made.attrs, **attrs},
-    )
-
-
-def _weighted(log_weight: Tensor, log_p: Tensor, log_q: Tensor) -> dict[str, Any]:
-    """Weights, evidence and k-hat of draws (chain, draw)."""
-    from ppl.diagnostics import pareto_khat
-
-    flat = log_weight.reshape(-1)
-    value = flat.logsumexp(0) - math.log(len(flat))
-    relative = (flat - value).exp()
-    spread = relative.std() / math.sqrt(len(flat)) if len(flat) > 1 else torch.tensor(math.inf)
-    fit = len(flat) >= 25 and bool(torch.isfinite(flat).all())
-    k_hat = pareto_khat(flat) if fit else torch.tensor(math.nan, dtype=torch.float64)
-    info = {"lp": log_p, "log_q": log_q, "pareto_k": k_hat}
-    return {"log_weight": log_weight, "log_evidence": Estimate(value, spread), "info": info}
-
-
-def _singles(program: Program) -> list[Program]:
-    """The problems one by one."""
-    return [program] if program.problems is None else [program.problem(i) for i in range(program.problems)]
 
 
 def _sites(program: Program) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Draws of a denoiser's probability flow with the density that these very draws have.
 
-x_T = D(0, sigma_T) + sigma_T n,   x_{i+1} = f_i(x_i),   log q(x_0) = log N(n; 0, I) - d log sigma_T - sum_i log |det f_i'|
+x_T = D(0, sigma_T) + sigma_T n,   x_{i+1} = f_i(x_i),   log q = log N(n; 0, I) - d log sigma_T - sum_i log |det f_i'|
 
-f_i is one Heun step. Its Jacobian is exact, so q is the law of the draws at any number of steps, not only in their limit.
+f_i is one Heun step. Its Jacobian is exact, so q is the law of the draws at any number of steps, not only in the limit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from sde.solvers import EDMHeun
 
 __all__ = ["push_forward"]
+
+OUT: Any = (None, 0)  # all lanes share the value, each has its own tangent
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,8 +33,8 @@ def push_forward(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> tuple[Tenso
         sigmas: (steps + 1,) descending noise levels, the last 0.
 
     Returns:
-        Draws (rows, dim), log density (rows,), and how many rows went through a step that turned space inside out: where
-        there are any, the steps are too large to be one-to-one and the density is not to be trusted.
+        Draws (rows, dim), log density (rows,), and how many rows went through a step that turned space inside out:
+        where there are any, the steps are too large to be one-to-one and the density is not to be trusted.
 
     Example:
         >>> sigmas = torch.tensor([10.0, 1.0, 0.1, 0.0], dtype=torch.float64)
@@ -51,10 +54,10 @@ def push_forward(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> tuple[Tenso
         def step(x: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
             return solver.step(x, a, b, denoise(x, a), denoiser=denoise).mean
 
-        def along(tangent: Tensor, x: Tensor = x, step: Callable[[Tensor], Tensor] = step) -> tuple[Tensor, Tensor]:
+        def along(tangent: Tensor, x: Tensor = x, step: Callable[[Tensor], Tensor] = step) -> Any:
             return torch.func.jvp(step, (x,), (tangent,))
 
-        moved, columns = torch.func.vmap(along, out_dims=(None, 0))(basis)
+        moved, columns = torch.func.vmap(along, out_dims=OUT)(basis)
         sign, log_det = torch.linalg.slogdet(columns.permute(1, 2, 0))
         folded |= sign <= 0
         x, log_q = moved, log_q - log_det

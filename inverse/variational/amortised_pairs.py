@@ -115,7 +115,7 @@ class Pairs:
 
     def _rows(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         program = self.program
-        own = {"dtype": program.dtype, "device": program.device}
+        own: dict[str, Any] = {"dtype": program.dtype, "device": program.device}
         with seeded(generator), torch.no_grad():
             given: dict[str, Tensor] = {}
             noise: dict[str, Tensor] = {}
@@ -187,7 +187,8 @@ def givens(program: Program, names: list[str] | None = None) -> tuple[list[str],
         names = [
             n
             for n, v in inputs.items()
-            if not n.startswith("data.") and not any(v.shape == d.shape and torch.equal(v, d.to(v)) for d in data)
+            if not n.startswith("data.")
+            and not any(v.shape == d.shape and v.dtype == d.dtype and torch.equal(v, d) for d in data)
         ]
     there = {n: inputs[n] for n in names if n in inputs}
     return names, hashlib.sha256(digest(there).encode()).hexdigest()
@@ -199,8 +200,8 @@ def _check(program: Program) -> Tensor:
         raise ProgramError("simulation takes one problem: program.problem(0)")
     if program.discrete:
         raise ProgramError(
-            f"latent sites {list(program.discrete)} are discrete, and a denoiser needs continuous ones; sum them out by "
-            "hand, or use an engine that does, such as ppl.NUTS()"
+            f"latent sites {list(program.discrete)} are discrete, and a denoiser needs continuous ones; sum them out "
+            "by hand, or use an engine that does, such as ppl.NUTS()"
         )
     if program.subsampled:
         raise ProgramError(

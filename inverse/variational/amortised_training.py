@@ -1,6 +1,6 @@
 """Training the denoiser of an amortised posterior: every step sees pairs that no step saw before.
 
-min E_{(z, y) ~ p(z, y)} E_{sigma, n} lambda(sigma) |D(z + sigma n, sigma, y) - z|^2, with optimum D = E[z | z + sigma n, y]
+min E_{p(z, y)} E_{sigma, n} lambda(sigma) |D(z + sigma n, sigma, y) - z|^2, with optimum D = E[z | z + sigma n, y]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = 2**22  # numbers simulated at once, at most
 BATCHES_AT_ONCE = 16
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 CLIP = 1.0
-BETAS = (0.9, 0.99)
+BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-8  # of Adam, Kingma & Ba (2015)
 JUDGED = 2048  # fresh pairs behind the held-out loss, at most
 
 
@@ -80,20 +80,20 @@ def build_network(options: AmortisedDenoiser, pairs: Pairs, generator: torch.Gen
             network = ResidualMLP(pairs.dim, pairs.data_dim, options.width, options.depth)
         return network.to(pairs.program.device, torch.float32)
     shapes = [s[0] if len(s) == 1 else (n,) for s, n in _shapes(pairs)]
-    network = Shaped(copy.deepcopy(options.network).to(pairs.program.device), *shapes)
-    own = next((p for p in network.parameters()), None)
+    own_network = Shaped(copy.deepcopy(options.network).to(pairs.program.device), *shapes)
+    own = next((p for p in own_network.parameters()), None)
     if own is None:
         raise OptionError("the network has no parameters, so there is nothing to train")
     x, y = (torch.zeros(2, n, dtype=own.dtype, device=own.device) for n in (pairs.dim, pairs.data_dim))
     with torch.no_grad(), seeded(generator):
         try:
-            network(x, x[:, 0], y)
+            own_network(x, x[:, 0], y)
         except (RuntimeError, TypeError, ValueError) as error:
             raise OptionError(
                 f"the network cannot be called with (x: (rows, {', '.join(map(str, shapes[0]))}), level: (rows,), "
                 f"data: (rows, {', '.join(map(str, shapes[1]))})), or does not return what has the shape of x: {error}"
             ) from error
-    return network
+    return own_network
 
 
 def judge(
@@ -144,7 +144,8 @@ class Training:
             self.network, self.scales = copy.deepcopy(start[0]), start[1]
         self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.network.train().requires_grad_(True)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.lr, betas=BETAS)
+        self.weights: list[Tensor] = list(self.network.parameters())
+        self.first, self.second = ([torch.zeros_like(w) for w in self.weights] for _ in range(2))
         self.history = torch.full((options.steps,), math.nan, dtype=torch.float64)
         self.step, self.block_seed = 0, 0
         self._block: tuple[Tensor, Tensor] | None = None
@@ -160,21 +161,17 @@ class Training:
         rows = slice(place * self.options.batch, (place + 1) * self.options.batch)
         clean, data = (v[rows] for v in self._block)
         sigma, noise = _levels(self.options.levels_of_training, clean, self.generator)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.options.lr * self._schedule()
-        self.optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad(), seeded(self.generator):  # a network with dropout draws from the global generator
             loss = EDMDenoiser(self.network, 1.0).loss(clean, sigma, noise, data).mean()
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+            gradient = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NotFiniteError(
                 f"the training loss is {value} at step {self.step}; lower lr, or check the priors' tails"
             )
-        self.optimiser.step()
         self.history[self.step] = value
         self.step += 1
+        self._adam(list(gradient))
         self._average()
         return value
 
@@ -182,16 +179,29 @@ class Training:
         own = torch.Generator(self.pairs.program.device).manual_seed(seed)
         return self.pairs.draw(self.per_block * self.options.batch, own)
 
+    @torch.no_grad()
+    def _adam(self, gradient: list[Tensor]) -> None:
+        """One step downhill, with the norm of the gradient clipped."""
+        norm = torch.stack(torch._foreach_norm(gradient)).norm()
+        torch._foreach_mul_(gradient, (CLIP / norm.clamp(min=CLIP)).to(gradient[0].dtype))
+        torch._foreach_lerp_(self.first, gradient, 1 - BETA_1)
+        torch._foreach_lerp_(self.second, torch._foreach_mul(gradient, gradient), 1 - BETA_2)
+        scale = torch._foreach_sqrt(self.second)
+        torch._foreach_div_(scale, math.sqrt(1 - BETA_2**self.step))
+        torch._foreach_add_(scale, EPSILON)
+        rate = self.options.lr * self._schedule() / (1 - BETA_1**self.step)
+        torch._foreach_addcdiv_(self.weights, self.first, scale, -rate)
+
     def _schedule(self) -> float:
         """Share of the learning rate: a line up, half a cosine down."""
-        part = (self.step + 1) / self.options.steps
+        part = self.step / self.options.steps
         return part / WARMUP if part < WARMUP else 0.5 * (1 + math.cos(math.pi * (part - WARMUP) / (1 - WARMUP)))
 
     @torch.no_grad()
     def _average(self) -> None:
         """Move the averaged weights: (1 - 1/t)^(ema + 1) of the old ones stays after step t."""
         keep = (1 - 1 / self.step) ** (self.options.ema + 1)
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - keep)
+        torch._foreach_lerp_(list(self.averaged.parameters()), self.weights, 1 - keep)
         for mine, theirs in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -205,9 +215,8 @@ class Training:
         }
         for part, module in (("network", self.network), ("averaged", self.averaged)):
             tensors |= {f"{part}.{n}": v for n, v in module.state_dict().items()}
-        for name, weight in self.network.named_parameters():
-            for moment, value in self.optimiser.state[weight].items() if self.step else ():
-                tensors[f"adam.{moment}.{name}"] = value
+        for i, pair in enumerate(zip(self.first, self.second, strict=True)):
+            tensors |= {f"adam.{i}.{moment}": v for moment, v in zip(("first", "second"), pair, strict=True)}
         return {n: v.detach().clone() for n, v in tensors.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -221,14 +230,14 @@ class Training:
         self.scales = Scales(**part("scales."))
         self.network.load_state_dict(part("network."))
         self.averaged.load_state_dict(part("averaged."))
-        for name, weight in self.network.named_parameters():
-            found = {m: saved[f"adam.{m}.{name}"] for m in ("step", "exp_avg", "exp_avg_sq") if self.step}
-            self.optimiser.state[weight] = {m: v.cpu() if m == "step" else v.to(weight) for m, v in found.items()}
+        for moment, values in (("first", self.first), ("second", self.second)):
+            for i, value in enumerate(values):
+                value.copy_(saved[f"adam.{i}.{moment}"])
 
 
 def _levels(options: Mapping[str, float], clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise levels (rows,) and noise (rows, dim) of one batch."""
-    own = {"dtype": clean.dtype, "device": generator.device}
+    own: dict[str, Any] = {"dtype": clean.dtype, "device": generator.device}
     sigma = torch.exp(options["p_mean"] + options["p_std"] * torch.randn(len(clean), generator=generator, **own))
     return sigma, torch.randn(clean.shape, generator=generator, **own)
 
