@@ -14,7 +14,7 @@ from inverse.problem import DiffusionProblem
 from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
 from inverse.sensor import Censored, Quantised
 from inverse.split_gibbs import SplitGibbs
-from inverse.variational import AmortisedDenoiser, FittedDenoiser, REDDiff
+from inverse.variational import AmortisedDenoiser, FittedDenoiser, FittedScorePrior, REDDiff, ScorePriorVI
 
 __all__ = [
     "AmortisedDenoiser",
@@ -28,6 +28,7 @@ __all__ = [
     "DiffusionProblem",
     "Exact",
     "FittedDenoiser",
+    "FittedScorePrior",
     "GaussianLikelihood",
     "Guided",
     "GuidedSampler",
@@ -41,6 +42,7 @@ __all__ = [
     "PnPDM",
     "Quantised",
     "REDDiff",
+    "ScorePriorVI",
     "SplitGibbs",
     "TMPDGuide",
     "TwistedSMC",

@@ -121,7 +121,7 @@ class FlatDensity:
     def prepare(self, z: Tensor, calls: int, *, gradient: bool = True, params: Sequence[str] = ()) -> str:
         """Capture, and compile where it pays, for `calls` calls at the lane count of `z`; says what was chosen."""
         with torch.no_grad():
-            lane, _ = self._lane(z)
+            lane, _ = self._lane(z, scored=False)
         wrt = ("z", *(_built(leaf) for leaf in self._outside), *(f"param.{n}" for n in params)) if gradient else None
         return self._density(lane).prepare(lane, self._shared(), wrt=wrt, calls=calls)
 
@@ -161,7 +161,7 @@ class FlatDensity:
         return {n: torch.cat([c[n] for c in chunks]) for n in chunks[0]}
 
     def _constrain(self, z: Tensor, subsample: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        lane, _ = self._lane(z)
+        lane, _ = self._lane(z, scored=False)
         built = {leaf.site for leaf in self._outside}
         # A deterministic site that depends on a discrete one has no single value once that is summed out.
         shapes = self.program.deterministic
@@ -244,8 +244,12 @@ class FlatDensity:
         fn = unwrap(self.program.sites[leaf.site].distribution)
         return fn.from_noise(noise.reshape(-1, *leaf.shape))
 
-    def _lane(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Graph inputs of a batch, and the log density of the noise that was used outside the graph."""
+    def _log_base(self, leaf: Leaf, noise: Tensor, value: Tensor) -> Tensor:
+        """Log density (lanes,) of the noise (lanes, dim) from which `value` was built."""
+        return -0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
+
+    def _lane(self, z: Tensor, scored: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+        """Graph inputs of a batch, and the log density of the noise that was used outside the graph, if wanted."""
         lane = {"z": z}
         log_noise = z.new_zeros(len(z))
         for leaf in self._outside:
@@ -253,9 +257,9 @@ class FlatDensity:
             # A trajectory that diverges asks for points out there; the density says no without building them.
             lost = ~(noise.detach().abs().amax(1) < FAR)
             noise = torch.where(lost[:, None], 0.0, noise)
-            lane[_built(leaf)] = self._build(leaf, noise)
-            log_noise = log_noise - 0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
-            log_noise = torch.where(lost, -math.inf, log_noise)
+            lane[_built(leaf)] = value = self._build(leaf, noise)
+            if scored:
+                log_noise = torch.where(lost, -math.inf, log_noise + self._log_base(leaf, noise, value))
         return self.program.lane_inputs(lane), log_noise
 
     def _density(self, lane: Mapping[str, Tensor]) -> LaneFunction:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Estimate", "flow_log_prob", "i_mmse", "rademacher"]
+__all__ = ["Estimate", "flow_log_prob", "gaussian_reference", "i_mmse", "rademacher"]
 
 
 class Estimate(NamedTuple):
@@ -70,7 +70,7 @@ def flow_log_prob(
         True
     """
     d = math.prod(x.shape[1:])
-    center, spread = _gaussian_reference(denoise, x, sigma_min, sigma_max)
+    center, spread = gaussian_reference(denoise, x, sigma_min, sigma_max)
     if probes is None:
         probes = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, *x.shape[1:])
         weight = 1.0
@@ -155,7 +155,7 @@ def i_mmse(
     event, d = x.shape[1:], math.prod(x.shape[1:])
     device = x.device if generator is None else generator.device
     shift = torch.rand(repeats, generator=generator, dtype=torch.float64, device=device).tolist()
-    center, spread = _gaussian_reference(denoise, x, sigma_min, sigma_max)
+    center, spread = gaussian_reference(denoise, x, sigma_min, sigma_max)
     centred = x - center
     variance = spread.reshape(-1, *[1] * (x.ndim - 1))
     low, width = math.log(sigma_min), math.log(sigma_max / sigma_min)
@@ -179,7 +179,7 @@ def i_mmse(
     return Estimate(reference + sums.mean(0), sums.std(0) / math.sqrt(repeats))
 
 
-def _gaussian_reference(
+def gaussian_reference(
     denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma_min: float, sigma_max: float
 ) -> tuple[Tensor, Tensor]:
     """Mean of the data, (rows, *event), and variance of an entry, (rows,), read off the denoiser where it is linear.

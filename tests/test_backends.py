@@ -85,6 +85,10 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "Pyro": [(ppl.Pyro(PyroNUTS, warmup=4), plain)],
     "REDDiff": [(inverse.REDDiff(steps=6, scale="likelihood"), linear), (inverse.REDDiff(steps=6), linear)],
     "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
+    "ScorePriorVI": [
+        (inverse.ScorePriorVI(steps=8, starts=2), linear),
+        (inverse.ScorePriorVI(guide=ppl.Flow(transforms=1, hidden=(8,)), bound="immse", levels=2, steps=6), linear),
+    ],
     "SplitGibbs": [(inverse.SplitGibbs(steps=3, warmup=3), linear)],
     "TwistedSMC": [
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
