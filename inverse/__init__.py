@@ -17,11 +17,11 @@ from inverse.split_gibbs import SplitGibbs
 from inverse.variational import AmortisedDenoiser, FittedDenoiser, FittedScorePrior, REDDiff, ScorePriorVI
 
 __all__ = [
-    "AmortisedDenoiser",
     "DAPS",
     "DDNM",
     "DDRM",
     "DPS",
+    "AmortisedDenoiser",
     "Censored",
     "DPSGuide",
     "DiffPIR",
