@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inverse.chunks import Chunks
+from inverse.particles.spectral import check_solver
 from inverse.problem import DiffusionProblem
-from ppl.errors import OptionError
 from sde.solvers.transition import Solver
 
 __all__ = ["GuidedKernel"]
@@ -74,11 +74,7 @@ class GuidedKernel:
         solver: Solver,
         chunk: int | None = None,
     ) -> None:
-        if not solver.stochastic or solver.calls_per_step != 1 or getattr(solver, "needs_covariance", False):
-            raise OptionError(
-                f"a particle kernel needs a stochastic solver with one evaluation per step, got {solver}; use "
-                "DPMSolver2MSDE(), Ancestral() or DDIM(eta=1.0)"
-            )
+        check_solver(solver)
         self.problem, self.sigmas, self.guide, self.solver = problem, sigmas, guide, solver
         self.chunks = Chunks(chunk)
 

@@ -1,0 +1,262 @@
+r"""Particles moved in the singular basis of the data, by the prior's own step given what is said of a coordinate.
+
+With whitened data u_i = s_i z_i + n_i, z = V^T x, y_i = u_i / s_i and tau_i = 1 / s_i. For the step from level a to b,
+N(m, c^2 I) under the prior, a method says N(z_i; o_i, v_i) of coordinates i at level b, knowing x_a:
+
+    propose  z_i ~ N(m_i, c^2) N(z_i; o_i, v_i), normalised               other coordinates ~ N(m, c^2 I)
+    twist    psi_a(x_a) = prod_i N(m_i; o_i, c^2 + v_i)                   the integral of the step times what is said
+    weigh    w <- w psi_b(x_b) / g_b(x_b)                                 g_b: what was said for the moment only
+
+The target is the law of the prior's path times all that was said and not taken back. No denoiser is differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from inverse.chunks import Chunks
+from inverse.particles.start import GaussianStart
+from inverse.problem import DiffusionProblem
+from inverse.samplers.trajectory import SpectralData
+from ppl.errors import OptionError
+from sde.solvers.transition import Solver
+
+__all__ = ["ConjugateKernel", "Said", "SpectralKernel", "check_reversal", "check_solver", "log_normal"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """All particles at one level, with the mean of the prior's step to the next.
+
+    Args:
+        x: (particle, *site).
+        mean: (particle, *site) mean of the prior's step; at the last level the clean value.
+        log_twist: (particle,).
+        state: history of the solver, tensors with a leading particle axis.
+        own: what else a particle carries, tensors with a leading particle axis.
+    """
+
+    x: Tensor
+    mean: Tensor
+    log_twist: Tensor
+    state: dict[str, Tensor] | None
+    own: dict[str, Tensor]
+
+    def select(self, index: Tensor) -> Step:
+        """The same state with particles `index`, histories included."""
+        return Step(**pytree.tree_map(lambda t: t[index], self.__dict__))
+
+    def pack(self) -> dict[str, Tensor]:
+        """All tensors, by path."""
+        packed = {"x": self.x, "mean": self.mean, "log_twist": self.log_twist}
+        packed |= {f"state.{n}": t for n, t in (self.state or {}).items()}
+        return packed | {f"own.{n}": t for n, t in self.own.items()}
+
+
+def check_solver(solver: Solver) -> None:
+    """Raise OptionError unless a step of the solver has a density and needs one evaluation."""
+    if not solver.stochastic or solver.calls_per_step != 1 or getattr(solver, "needs_covariance", False):
+        raise OptionError(
+            f"a particle kernel needs a stochastic solver with one evaluation per step, got {solver}; use "
+            "DPMSolver2MSDE(), Ancestral() or DDIM(eta=1.0)"
+        )
+
+
+def step_variance(solver: Solver, a: float, b: float) -> float:
+    """c^2 of a step from level a to b, which is the same for every x."""
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    levels = torch.tensor([a, b], dtype=torch.float64)
+    variance = solver.step(none, levels[0], levels[1], none).covariance
+    assert isinstance(variance, Tensor)
+    return float(variance)
+
+
+def check_reversal(solver: Solver, method: str) -> None:
+    """Raise OptionError unless the solver's steps have the noise of the reverse SDE, so that noising undoes them."""
+    if not math.isclose(step_variance(solver, 1.0, 0.5), 0.1875, rel_tol=1e-6):  # b^2 (1 - b^2 / a^2)
+        raise OptionError(
+            f"{method} takes the path of x for noising run backwards, which the steps of {solver} are not; use "
+            "DPMSolver2MSDE(), Ancestral() or DDIM(eta=1.0)"
+        )
+
+
+def log_normal(gap: Tensor, variance: Tensor) -> Tensor:
+    """log N(gap; 0, diag(variance)), (*batch, r) -> (*batch)."""
+    return -0.5 * (gap.square() / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
+
+
+class SpectralKernel:
+    """What kernels in the singular basis share: levels, the prior's step, packing.
+
+    Args:
+        problem: prior and linear Gaussian likelihood.
+        sigmas: (levels + 1,) noise levels, the last exactly zero.
+        solver: a stochastic solver that needs one evaluation per step.
+        chunk: particles per denoiser call.
+        method: name of the backend, for errors.
+
+    Raises:
+        CapabilityError: the likelihood is not linear and Gaussian, or its operator has no decomposition.
+    """
+
+    def __init__(
+        self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, method: str
+    ) -> None:
+        check_solver(solver)
+        self.problem, self.sigmas, self.solver = problem, sigmas, solver
+        self.chunks = Chunks(chunk)
+        self.data = SpectralData.of(problem, method)
+        self.center, self.tau = self.data.u / self.data.s, 1 / self.data.s
+        # log p(y | x) = constant + sum_i log N(y_i; z_i, tau_i^2): what no x explains, and the change of variables.
+        gaussian = problem.likelihood.gaussian
+        d = gaussian.data.double()
+        missed = d - self.data.svd.from_spectral_data(self.data.svd.to_spectral_data(d))
+        scale = self.tau.double().log() + 0.5 * math.log(2 * math.pi)
+        self.constant = gaussian.log_normaliser.double() - 0.5 * missed.square().sum() + scale.sum()
+        # Variance c^2 of the prior's steps, by level, and the share of x that they keep; 0 in the last.
+        self.variance = [step_variance(solver, float(a), float(b)) for a, b in pairwise(sigmas)]
+
+    @property
+    def levels(self) -> int:
+        """Number of positive noise levels."""
+        return len(self.sigmas) - 1
+
+    def kept(self, level: int) -> float:
+        """r in x_b = r x_a + (1 - r) E[x_0] + c z, of the step from a level: r^2 a^2 + c^2 = b^2."""
+        a, b = float(self.sigmas[level]), float(self.sigmas[level + 1])
+        return math.sqrt(max(b**2 - self.variance[level], 0.0)) / a
+
+    def unpack(self, tensors: dict[str, Tensor], level: int) -> Step:
+        """The population that `pack` described."""
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "own": {}}
+        for path, tensor in tensors.items():
+            name, _, key = path.partition(".")
+            if key:
+                parts[name][key] = tensor
+        return Step(tensors["x"], tensors["mean"], tensors["log_twist"], parts["state"] or None, parts["own"])
+
+    def at(self, x: Tensor, level: int) -> Step:
+        """The population of particles x at a level, without history."""
+        return self.look(x, level, None, {})
+
+    @abstractmethod
+    def look(self, x: Tensor, level: int, state: Any, own: dict[str, Tensor]) -> Step:
+        """The population of particles x at a level: the only denoiser calls of a step."""
+
+    def last_weight(self, population: Step) -> Tensor:
+        """Zero: the twist of the last level is the likelihood of the clean value."""
+        return torch.zeros_like(population.log_twist)
+
+    def finish(self, population: Step, generator: torch.Generator) -> Tensor:
+        """The clean values; the last step of the prior adds no noise."""
+        return population.mean
+
+    def step(self, x: Tensor, level: int, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """Denoised x, mean of the prior's step to the next level, and its history."""
+        denoised = self.chunks(lambda rows: self.problem.prior.denoise(rows, self.sigmas[level]), x)
+        free = self.solver.step(x, self.sigmas[level], self.sigmas[level + 1], denoised, state)
+        return denoised, free.mean, free.state
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of the coordinates at a level.
+
+    Args:
+        center: (r,) or (particle, r) o.
+        variance: (r,) v.
+        active: (r,) bool, of which coordinates anything is said.
+    """
+
+    center: Tensor
+    variance: Tensor
+    active: Tensor
+
+
+class ConjugateKernel(SpectralKernel):
+    """Moves a population by the prior's step given what is said of its end; a subclass says it.
+
+    Raises:
+        OptionError: the steps of the solver are not those of the reverse SDE, c^2 = b^2 (1 - b^2 / a^2).
+    """
+
+    def __init__(
+        self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, method: str
+    ) -> None:
+        super().__init__(problem, sigmas, solver, chunk, method)
+        check_reversal(solver, method)
+
+    @abstractmethod
+    def first(self, own: dict[str, Tensor]) -> tuple[Said, Tensor]:
+        """What is said of the first level, and the log of what of it is taken back at once, (particle,) or 0-d."""
+
+    @abstractmethod
+    def said(self, seen: Tensor, level: int, own: dict[str, Tensor]) -> Said:
+        """What is said of the level after, given the coordinates (particle, r) at a level."""
+
+    @abstractmethod
+    def taken_back(self, seen: Tensor, level: int, own: dict[str, Tensor]) -> Tensor:
+        """Log of what was said of a level for the moment only, (particle,) or 0-d."""
+
+    def begin(self, particles: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What else particles carry at the first level."""
+        return {}
+
+    def carry(self, own: dict[str, Tensor], level: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What else particles carry at the level after."""
+        return {}
+
+    def start(self, particles: int, generator: torch.Generator) -> Step:
+        """Particles at the first level, from the prior's start given what is said there."""
+        begin = GaussianStart.of(self.problem, self.data.svd, self.sigmas[0])
+        own = self.begin(particles, generator)
+        said, back = self.first(own)
+        x = self.problem.prior.start(self.problem.noise(particles, generator), self.sigmas[0])
+        spread = said.variance.sqrt() * self.noise(particles, generator)
+        x = x + begin.gain(said.center - self.data.of_x(x) - spread, said.variance)
+        known = self.constant + begin.log_prob(said.center, said.variance) - back
+        return self.look(x, 0, None, own | {"known": known.expand(particles)})
+
+    def first_weight(self, population: Step) -> Tensor:
+        """What the start says of the data, and the weight as after every step."""
+        return population.own["known"] + self._increment(population, 0)
+
+    def look(self, x: Tensor, level: int, state: Any, own: dict[str, Tensor]) -> Step:
+        """One denoiser call, and the twist."""
+        _, mean, state = self.step(x, level, state)
+        said = self.said(self.data.of_x(x), level, own)
+        gap, spread = said.center - self.data.of_x(mean), self.variance[level] + said.variance
+        twist = log_normal(gap[:, said.active].double(), spread[said.active].double())
+        return Step(x, mean, twist, state, own)
+
+    def move(
+        self, population: Step, level: int, generator: torch.Generator, retained: Tensor | None = None
+    ) -> tuple[Step, Tensor]:
+        """The prior's step given what is said of its end, and its weight; the first particles go to `retained`."""
+        said, variance = self.said(self.data.of_x(population.x), level, population.own), self.variance[level]
+        noise = self.problem.noise(len(population.x), generator)
+        mean, z = self.data.of_x(population.mean), self.data.of_x(noise)
+        gain = variance / (variance + said.variance)
+        seen = mean + gain * (said.center - mean) + (variance * (1 - gain)).clamp(min=0).sqrt() * z
+        x = population.mean + math.sqrt(variance) * noise
+        x = self.data.replace(x, torch.where(said.active, seen, self.data.of_x(x)))
+        if retained is not None:
+            x = torch.cat([retained, x[len(retained) :]])
+        new = self.look(x, level + 1, population.state, self.carry(population.own, level, generator))
+        return new, self._increment(new, level + 1)
+
+    def noise(self, rows: int, generator: torch.Generator) -> Tensor:
+        """(rows, r) standard normal noise for the coordinates."""
+        return self.problem.noise(rows, generator, self.data.s.shape)
+
+    def _increment(self, population: Step, level: int) -> Tensor:
+        """log psi less what is taken back."""
+        return population.log_twist - self.taken_back(self.data.of_x(population.x), level, population.own)
