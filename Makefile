@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint slow bench bench-exact clean
+.PHONY: demo test lint slow bench bench-exact bench-inverse clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,5 +33,18 @@ bench: .venv/.installed
 bench-exact: .venv/.installed
 	$(BIN)/python -m benchmarks.exact
 
+# The peers bring packages of their own, so they get an environment of their own. torchvision is the one for torch 2.13.
+.venv-bench/.installed: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+		torch==2.13.0 torchvision==0.28.0 'deepinv==0.5.*' 'azula==0.11.*'
+	touch $@
+
+# Hours. Results go to runs/inverse.jsonl, and a second call goes on where the first stopped.
+bench-inverse: export OMP_NUM_THREADS = 1
+bench-inverse: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks.inverse
+	.venv-bench/bin/python -m benchmarks.inverse --speed
+
 clean:
-	rm -rf .venv build dist *.egg-info demo
+	rm -rf .venv .venv-bench build dist *.egg-info demo

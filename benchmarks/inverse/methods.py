@@ -1,0 +1,85 @@
+"""What is compared: one method of one package, with its default setting first and others to choose from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import inverse
+import ppl
+from benchmarks.inverse.problems import Judge, Score, Task
+from models.references import ExactProblem
+
+Sample = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A peer's sampler.
+
+    Args:
+        package: it comes from.
+        name: in that package.
+        sample: (task, draws, **setting) -> (draws, d) in the task's units; draws from the global generator.
+        settings: label -> options; the first are the package's defaults.
+    """
+
+    package: str
+    name: str
+    sample: Sample
+    settings: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def default(self) -> str:
+        return next(iter(self.settings))
+
+    def run(self, problem: ExactProblem, judge: Judge, setting: str, draws: int, seed: int) -> Score:
+        """One scored run; package code draws from torch's global generator, so that is forked and seeded."""
+        task = Task(problem)
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            x = self.sample(task, draws, **self.settings[setting])
+        seconds = time.perf_counter() - start
+        return judge.score(x.detach().double() * task.half, task.evals / draws, seconds)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A backend of this project at one setting; the fields are those of Method."""
+
+    name: str
+    make: Callable[[], ppl.Backend]
+    package: str = "pilotlight"
+    default: str = "default"
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"default": {}})
+
+    def run(self, problem: ExactProblem, judge: Judge, setting: str, draws: int, seed: int) -> Score:
+        """One scored run."""
+        start = time.perf_counter()
+        posterior = ppl.infer(problem.program, self.make(), draws=draws, seed=seed)
+        seconds = time.perf_counter() - start
+        return judge.score(posterior.flatten("x"), posterior.cost.denoiser_evals / draws, seconds)
+
+
+RECOMMENDED = "TwistedSMC"
+FIFTY = "TwistedSMC, one run of 50 levels"
+
+
+def ours() -> list[Ours]:
+    """Backends of this project, the recommended default first; `Exact` is the control."""
+    return [
+        Ours(RECOMMENDED, inverse.TwistedSMC),
+        Ours(FIFTY, lambda: inverse.TwistedSMC(steps=50, runs=1)),
+        Ours("Exact (control)", inverse.Exact),
+        Ours("MomentMatching", inverse.MomentMatching),
+        Ours("PiGDM", inverse.PiGDM),
+        Ours("DDRM", inverse.DDRM),
+        Ours("DiffPIR", inverse.DiffPIR),
+        Ours("DPS", inverse.DPS),
+    ]
