@@ -8,6 +8,7 @@ from __future__ import annotations
 from inverse.exact import Exact
 from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
+from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
 from inverse.particles import NoiseAndReturn, TwistedSMC
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
@@ -22,9 +23,11 @@ __all__ = [
     "DDRM",
     "DPS",
     "AmortisedDenoiser",
+    "AnnealedLangevin",
     "Censored",
     "DPSGuide",
     "DiffPIR",
+    "DiffusionPCN",
     "DiffusionProblem",
     "Exact",
     "FittedDenoiser",
@@ -37,6 +40,7 @@ __all__ = [
     "MomentMatching",
     "MomentMatchingGuide",
     "NoiseAndReturn",
+    "ParallelTempering",
     "PiGDM",
     "PiGDMGuide",
     "PnPDM",

@@ -52,6 +52,15 @@ def gaussian() -> ppl.Program:
 
 # Name in the registry -> backends with few steps, each with a program that fits it.
 CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
+    "AnnealedLangevin": [
+        (inverse.AnnealedLangevin(levels=3, steps=2, warmup=20, thin=1), linear),
+        (inverse.AnnealedLangevin(levels=3, steps=2, warmup=4, thin=2, nodes=1, chunk=3), linear),
+    ],
+    "DiffusionPCN": [(inverse.DiffusionPCN(steps=2, warmup=4, thin=2), linear)],
+    "ParallelTempering": [
+        (inverse.ParallelTempering(levels=3, warmup=40), linear),
+        (inverse.ParallelTempering(levels=3, warmup=4, nodes=1, chunk=3), linear),
+    ],
     "AmortisedDenoiser": [
         (inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4), plain),
         (inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4), linear),

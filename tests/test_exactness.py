@@ -28,11 +28,14 @@ F64 = torch.float64
 
 # What each class claims: (exact, limit, exact_when). It is changed here and in the class, with a test that holds it.
 CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "AnnealedLangevin": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
+    "DiffusionPCN": ("in_the_limit", ("draws", "steps"), ()),
     "EllipticalSlice": ("in_the_limit", ("draws",), ()),
     "Exact": ("always", (), ("linear_gaussian_likelihood",)),
     "HMC": ("in_the_limit", ("draws",), ()),
     "MomentMatching": ("never", (), ("gaussian_prior", "linear_gaussian_likelihood")),
     "NUTS": ("in_the_limit", ("draws",), ()),
+    "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
     "SplitGibbs": ("in_the_limit", ("draws", "steps"), ("linear_gaussian_likelihood",)),
     "SVI": ("never", ("steps",), ("gaussian_posterior", "full_rank")),
     "TwistedSMC": ("in_the_limit", ("particles", "steps"), ()),

@@ -1,0 +1,235 @@
+r"""Preconditioned Crank-Nicolson for diffusion priors: noise the value, come back, ask the likelihood alone.
+
+    x_s = x + s n,    x' ~ p(x_0 | x_s) by the reverse diffusion,    accept with min(1, p(y | x') / p(y | x))
+
+The pair (x, x') is exchangeable under the prior, whose density therefore cancels. For a prior N(m, C) this is the move
+x' = m + G (x + s n - m) + (G s^2)^{1/2} z with G = C (C + s^2)^{-1}, which is pCN with a rate for every direction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from inverse.mcmc.chain import check_walk, positive, run_walk
+from inverse.mcmc.noised_target import gain
+from inverse.mcmc.reverse import ReverseDiffusion, check_solver
+from inverse.problem import DiffusionProblem
+from inverse.samplers.guided import check_steps
+from inverse.samplers.lanes import check_chunk
+from ppl.backend import Exactness, register
+from ppl.errors import OptionError
+from ppl.mcmc.adaptation import DualAveraging
+from ppl.monitor import Monitor
+from ppl.posterior import Posterior
+from ppl.program import Program
+from sde import Solver
+
+__all__ = ["DiffusionPCN"]
+
+RARE = 0.02
+
+
+@register
+@dataclass(frozen=True)
+class DiffusionPCN:
+    r"""Noise to a level and come back, accepted by the likelihood alone: any likelihood, no gradient, no density.
+
+    Exact for an exact reverse diffusion: with the default solver for a Gaussian prior at any number of steps, for other
+    priors as steps grow. Steps of the network's own solver have an error that the test does not see, since it believes
+    that the proposal leaves the prior as it is. The level falls with the precision of the data: where they are precise
+    in several directions the chain is a slow walk, and `AnnealedLangevin` or `TwistedSMC` are the tools.
+
+    Args:
+        level: noise level to return from, in units of the prior's `data_std`; None learns it in warmup.
+        target_accept: acceptance that the level is learned for.
+        jump: share of moves from a level drawn log-uniformly between the level and the prior's sigma_max, which may
+            change modes.
+        steps: noise levels of the way back.
+        warmup: moves before draws are kept.
+        thin: moves per draw.
+        solver: a stochastic step; None takes `CovarianceCorrected` where the prior has an exact covariance, else
+            `DPMSolver2MSDE`.
+        chunk: most rows of one denoiser call.
+
+    Raises:
+        OptionError: an option is out of range.
+
+    Source: Cotter et al. (2013) for pCN [inferred]; its form for diffusions [derived].
+
+    Example:
+        >>> import ppl, pyro, pyro.distributions as dist
+        >>> from sde import GaussianMixture
+        >>> prior = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1))
+        >>> def model(y):
+        ...     x = pyro.sample("x", prior)
+        ...     pyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
+        >>> posterior = ppl.infer(ppl.Program(model, torch.tensor(1.0)), DiffusionPCN(steps=1), draws=300, chains=20)
+        >>> round(posterior.mean("x").item(), 1)                                    # exact
+        0.8
+    """
+
+    level: float | None = None
+    target_accept: float = 0.234
+    jump: float = 0.1
+    steps: int = 20
+    warmup: int = 300
+    thin: int = 1
+    solver: Solver | None = None
+    chunk: int | None = None
+
+    exact: ClassVar[Exactness] = "in_the_limit"
+    limit: ClassVar[tuple[str, ...]] = ("draws", "steps")
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    default_chains: ClassVar[int] = 16
+    batches_problems: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_walk(self.warmup, self.thin, self.target_accept)
+        check_steps(self.steps)
+        check_chunk(self.chunk)
+        check_solver(self.solver)
+        positive(self, "level")
+        if not 0 <= self.jump <= 1:
+            raise OptionError(f"jump must be a share between 0 and 1, got {self.jump!r}")
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """All chains side by side."""
+        problem = DiffusionProblem.of(program)
+        return run_walk(
+            lambda: _Returning(self, problem, chains, generator, monitor),
+            problem,
+            draws=draws,
+            chains=chains,
+            warmup=self.warmup,
+            thin=self.thin,
+            monitor=monitor,
+            label="noise and return",
+        )
+
+
+class _Returning:
+    """The chains of one run."""
+
+    statistics: tuple[str, ...] = ("acceptance_rate", "level", "diverging")
+    finishes = False
+
+    def __init__(
+        self,
+        options: DiffusionPCN,
+        problem: DiffusionProblem,
+        chains: int,
+        generator: torch.Generator,
+        monitor: Monitor,
+    ) -> None:
+        self.options, self.problem, self.chains = options, problem, chains
+        self.generator, self.monitor = generator, monitor
+        prior = problem.prior
+        self.reverse = ReverseDiffusion(problem, options.solver, options.steps, options.chunk)
+        # A network denoises nothing below its own sigma_min.
+        self.low = 1e-4 * prior.data_std if "exact_covariance" in prior.capabilities else prior.sigma_min
+        self.high = prior.sigma_max
+        start = options.level if options.level is not None else 0.5
+        first = start * prior.data_std
+        if not self.low <= first <= self.high:
+            raise OptionError(
+                f"level={start:.4g} data_std = {first:.4g} must lie between the prior's sigma_min={self.low:.4g} and "
+                f"its sigma_max={self.high:.4g}"
+            )
+        self.adapt = DualAveraging.start(torch.tensor([first], dtype=torch.float64, device=problem.device))
+        # Averaging would begin with tenfold levels, from which nothing is accepted.
+        self.adapt.centre = self.adapt.log_step.clone()
+        self.tally = torch.zeros(2, dtype=torch.float64, device=problem.device)
+
+    def begin(self) -> None:
+        """Draws of the prior."""
+        prior = self.problem.prior
+        noise = self.problem.noise(self.chains, self.generator)
+        self.x = self.reverse(prior.start(noise, prior.sigma_max), prior.sigma_max, self.generator)
+        if not bool(self.x.isfinite().all()):
+            self.monitor.check_finite("x", self.x, "the first draw of the prior")
+        self.value_of_x = self._log_likelihood(self.x)
+
+    def _log_likelihood(self, x: Tensor) -> Tensor:
+        """log p(y | x), -inf where there is none."""
+        self.monitor.cost.likelihood_evals += len(x)
+        value = self.problem.likelihood.log_prob(x).to(x.dtype)
+        return torch.where(value.isnan(), -torch.inf, value)
+
+    def advance(self, step: int) -> dict[str, Tensor]:
+        """One move of all chains, from one level."""
+        options, warming = self.options, step < self.options.warmup
+        device = self.generator.device
+        which, where = torch.rand(2, generator=self.generator, dtype=torch.float64, device=device).tolist()
+        uniform = torch.rand(self.chains, generator=self.generator, dtype=self.x.dtype, device=device).to(self.x)
+        log_level = float(self.adapt.log_step.clamp(math.log(self.low), math.log(self.high)))
+        jumps = which < options.jump
+        if jumps:
+            log_level += where * (math.log(self.high) - log_level)
+        sigma = min(max(math.exp(log_level), self.low), self.high)
+        noised = self.x + sigma * self.problem.noise(self.chains, self.generator)
+        proposal = self.reverse(noised, sigma, self.generator)
+        finite = proposal.isfinite().flatten(1).all(1)
+        wide = (-1, *[1] * (self.x.ndim - 1))
+        proposal = torch.where(finite.reshape(wide), proposal, self.x)
+        value = self._log_likelihood(proposal)
+        ratio = gain(value, self.value_of_x)
+        accept = torch.where(finite & ~ratio.isnan(), ratio.clamp(max=0.0).exp(), 0.0)
+        keep = uniform < accept
+        self.x = torch.where(keep.reshape(wide), proposal, self.x)
+        self.value_of_x = torch.where(keep, value, self.value_of_x)
+        if not jumps:
+            if warming and options.level is None:
+                self.adapt.update(accept.mean()[None].double(), options.target_accept)
+            elif not warming:
+                self.tally += torch.stack([accept.mean().double(), torch.ones_like(self.tally[1])])
+        if step == options.warmup - 1 and options.level is None:
+            self.adapt.log_step = self.adapt.log_average
+        return {
+            "acceptance_rate": accept,
+            "level": torch.full_like(accept, sigma),
+            "diverging": (~finite).to(accept),
+        }
+
+    def value(self) -> Tensor:
+        """Where the chains are."""
+        return self.x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The values are draws."""
+        return x
+
+    def lost(self) -> Tensor:
+        """None: what is not finite is refused."""
+        return torch.zeros(self.chains, dtype=torch.bool, device=self.problem.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next move needs."""
+        adapt = {f"adapt.{n}": getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
+        adapt["adapt.count"] = torch.tensor(self.adapt.count)
+        return {"x": self.x, "value": self.value_of_x, "tally": self.tally, **adapt}
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on from `state()`."""
+        self.x, self.value_of_x, self.tally = state["x"], state["value"], state["tally"]
+        parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
+        self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
+
+    def summary(self) -> dict[str, Tensor]:
+        """The level that was used, apart from jumps."""
+        rate = float(self.tally[0] / self.tally[1].clamp(min=1.0))
+        if self.tally[1] > 0 and rate < RARE:
+            self.monitor.note(
+                f"{rate:.1%} of the moves were accepted: the data are precise, lower level, or take "
+                "inverse.AnnealedLangevin or inverse.TwistedSMC"
+            )
+        if bool(torch.isinf(self.value_of_x).any()):
+            self.monitor.note("some chains found no value that the data allow: run a longer warmup")
+        return {"base_level": self.adapt.log_step.exp()[0]}

@@ -1,0 +1,195 @@
+r"""The posterior at a noise level, p_s(x) times a likelihood of x, as a density for Markov chains.
+
+At the lowest level s_1 the draw is x_0 ~ p(x_0 | x), and for whitened linear data d = B x_0 + n with s_1 ||B|| < 1
+
+    pi(x) = p_s(x) N(d; B x, I - s^2 B B^T)
+
+leaves x_0 with the posterior itself: the noise of x is part of the noise of the data. Levels above only lead there:
+they take I + s^2 B B^T, what the data say of x_0 + s n. Other likelihoods of curvature h are tempered above, to the
+power 1 / (1 + h s^2), and at s_1 stand as they are, which blurs them by s_1.
+Source: [derived], as the corrected likelihood of `SplitGibbs`, with z in place of the pair (x, z).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inverse.chunks import Chunks
+from inverse.guides.base import likelihood_gradient
+from inverse.problem import DiffusionProblem
+from inverse.samplers.trajectory import SpectralData
+from ppl.cost import Cost
+from ppl.errors import OptionError
+
+__all__ = ["NoisedTarget", "lowest_noise"]
+
+SHARE = 0.7
+"""s_1 ||B|| by default: half of the variance of the data is left to the likelihood of x."""
+
+Raw = dict[str, Tensor]
+
+
+class NoisedLikelihood(Protocol):
+    """log of the likelihood of x at the levels of a ladder, from features of x that no level enters."""
+
+    curvature: float
+
+    def at(self, sigmas: Tensor, final: bool) -> None:
+        """Take the levels (levels,), the lowest first; `final` says that this one is that of the draws."""
+
+    def read(self, x: Tensor) -> Raw:
+        """Features of x (rows, *shape), each with the rows in front."""
+        ...
+
+    def value(self, raw: Raw, level: Tensor) -> Tensor:
+        """(rows,) log likelihood, up to a constant of the level, for levels (rows,) by index."""
+        ...
+
+    def gradient(self, raw: Raw, level: Tensor) -> Tensor:
+        """(rows, *shape)."""
+        ...
+
+
+class SpectralLikelihood:
+    """Linear data with Gaussian noise, in the singular basis."""
+
+    def __init__(self, problem: DiffusionProblem, cost: Cost) -> None:
+        self.data, self.cost = SpectralData.of(problem, "MCMC at a noise level"), cost
+        norm = float(self.data.s.max()) if len(self.data.s) else 0.0
+        self.curvature = norm**2
+
+    def at(self, sigmas: Tensor, final: bool) -> None:
+        """The variance of the data at every level, (levels, r)."""
+        sign = torch.ones_like(sigmas)
+        sign[0] = -1.0 if final else 1.0
+        self.variance = 1 + (sign * sigmas.square())[:, None] * self.data.s.square()
+
+    def read(self, x: Tensor) -> Raw:
+        """V^T x."""
+        self.cost.likelihood_evals += len(x)
+        return {"seen": self.data.of_x(x)}
+
+    def value(self, raw: Raw, level: Tensor) -> Tensor:
+        """-|u - s V^T x|^2 / 2, weighted by the variance of the level."""
+        gap = self.data.u - self.data.s * raw["seen"]
+        return -0.5 * (gap.square() / self.variance[level]).sum(-1)
+
+    def gradient(self, raw: Raw, level: Tensor) -> Tensor:
+        """V s (u - s V^T x), weighted likewise."""
+        gap = self.data.u - self.data.s * raw["seen"]
+        return self.data.svd.from_spectral(self.data.s * gap / self.variance[level])
+
+
+class TemperedLikelihood:
+    """Any differentiable likelihood; where it is not finite, it is zero and pulls nowhere."""
+
+    def __init__(self, problem: DiffusionProblem, cost: Cost) -> None:
+        self.problem, self.cost = problem, cost
+        self.curvature = self._curvature()
+
+    def at(self, sigmas: Tensor, final: bool) -> None:
+        """The exponent of every level, (levels,)."""
+        self.weight = 1 / (1 + self.curvature * sigmas.square())
+        if final:
+            self.weight[0] = 1.0
+
+    def read(self, x: Tensor) -> Raw:
+        """log p(y | x) and its gradient."""
+        value, gradient = likelihood_gradient(self.problem, x, self.cost)
+        fine = value.isfinite() & gradient.flatten(1).isfinite().all(1)
+        wide = fine.reshape(-1, *[1] * (gradient.ndim - 1))
+        return {"value": torch.where(fine, value, -torch.inf), "gradient": torch.where(wide, gradient, 0.0)}
+
+    def value(self, raw: Raw, level: Tensor) -> Tensor:
+        """The exponent times log p(y | x)."""
+        return self.weight[level] * raw["value"]
+
+    def gradient(self, raw: Raw, level: Tensor) -> Tensor:
+        """The exponent times its gradient."""
+        g = raw["gradient"]
+        return self.weight[level].reshape(-1, *[1] * (g.ndim - 1)) * g
+
+    def _curvature(self) -> float:
+        """Largest curvature met by power iterations from points about the prior's mean; a scale, not a bound."""
+        problem, prior = self.problem, self.problem.prior
+        generator = torch.Generator(problem.device).manual_seed(0)
+        noise = problem.noise(8, generator)
+        x = prior.denoise(prior.start(torch.zeros_like(noise)), prior.sigma_max) + 0.5 * prior.data_std * noise
+        step, v, found = 1e-3 * prior.data_std, problem.noise(8, generator), 0.0
+        base = likelihood_gradient(problem, x, self.cost)[1]
+        for _ in range(5):
+            norm = v.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (v.ndim - 1))
+            v = (likelihood_gradient(problem, x + step * v / norm, self.cost)[1] - base).nan_to_num(0.0, 0.0, 0.0)
+            found = float(v.flatten(1).norm(dim=1).max()) / step
+        return found
+
+
+def lowest_noise(problem: DiffusionProblem, likelihood: NoisedLikelihood, wanted: float | None) -> float:
+    """The level that draws are made from.
+
+    Raises:
+        OptionError: the level that was asked for, or the only one left, does not exist.
+    """
+    prior = problem.prior
+    exact = "exact_covariance" in prior.capabilities
+    spectral = isinstance(likelihood, SpectralLikelihood)
+    top = math.sqrt(1 / likelihood.curvature) if likelihood.curvature > 0 else math.inf
+    sigma = wanted
+    if sigma is None:
+        sigma = min((SHARE if spectral else 0.1) * top, 0.2 * prior.data_std)
+        sigma = sigma if exact else max(sigma, prior.sigma_min)
+    if spectral and sigma >= top:
+        raise OptionError(
+            f"sigma_min={sigma:.4g} is not below 1 / ||B|| = {top:.4g} (sigma_y / ||A|| for equal noise), where the "
+            "likelihood of x at that level does not exist; lower it, or, if the prior knows no lower level than "
+            f"{prior.sigma_min:.4g}, use inverse.TwistedSMC"
+        )
+    if not (exact or sigma >= prior.sigma_min) or sigma >= prior.sigma_max:
+        raise OptionError(
+            f"sigma_min={sigma:.4g} must lie between the prior's own sigma_min={prior.sigma_min:.4g} and its "
+            f"sigma_max={prior.sigma_max:.4g}"
+        )
+    return sigma
+
+
+class NoisedTarget:
+    """The prior's score and the likelihood at the levels of a ladder; rows carry the index of their level.
+
+    Args:
+        problem: the problem.
+        cost: counts likelihood evaluations.
+        chunk: most rows of one denoiser call.
+    """
+
+    def __init__(self, problem: DiffusionProblem, cost: Cost, chunk: int | None) -> None:
+        self.problem, self.cost, self._chunks = problem, cost, Chunks(chunk)
+        self.likelihood: NoisedLikelihood
+        gaussian = problem.likelihood.is_gaussian and "svd" in problem.likelihood.gaussian.operator.capabilities
+        self.likelihood = SpectralLikelihood(problem, cost) if gaussian else TemperedLikelihood(problem, cost)
+        self.plates = problem.shape[: len(problem.shape) - len(problem.prior.event_shape)]
+        self.knows_density = hasattr(problem.prior, "log_prob_at")
+
+    def at(self, sigmas: Tensor, final: bool) -> None:
+        """Take the levels (levels,), float64, the lowest first; `final` says that this one is that of the draws."""
+        self.sigmas = sigmas.to(self.problem.device, self.problem.dtype)
+        self.likelihood.at(self.sigmas, final)
+
+    def score(self, x: Tensor, level: Tensor) -> Tensor:
+        """grad log p_s(x), rows (rows, *shape) at levels (rows,) by index, in one denoiser call."""
+        sigma = self.sigmas[level].reshape(-1, *[1] * len(self.plates))
+        denoised = self._chunks(self.problem.prior.denoise, x, sigma)
+        return (denoised - x) / sigma.square().reshape(len(x), *[1] * (x.ndim - 1))
+
+    def log_prior(self, x: Tensor, level: Tensor) -> Tensor:
+        """log p_s(x), (rows,), where the prior knows it."""
+        sigma = self.sigmas[level].reshape(-1, *[1] * len(self.plates))
+        return self.problem.prior.log_prob_at(x, sigma).reshape(len(x), -1).sum(1)
+
+
+def gain(new: Tensor, old: Tensor) -> Tensor:
+    """new - old for log likelihoods; 0 where both are -inf, so that a chain outside the support walks by the prior."""
+    return torch.where((new == -torch.inf) & (old == -torch.inf), 0.0, new - old)

@@ -1,0 +1,349 @@
+r"""Parallel tempering across noise levels: replicas on p_s(x) times the likelihood at s_1 < ... < s_K, and swaps.
+
+    accept a swap of x_i and x_j with min(1, exp(delta)),
+    delta = log p_i(x_j) - log p_i(x_i) + log p_j(x_i) - log p_j(x_j)  and the same differences of the likelihood
+
+Every difference is at one level, so no normaliser enters, and the score alone gives it as a line integral. At the top
+the density has one mode; what crosses there comes down by swaps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from inverse.mcmc.annealed_langevin import check_nodes, inner_nodes, note_likelihood
+from inverse.mcmc.chain import check_walk, positive, run_walk
+from inverse.mcmc.line_integral import adaptive_log_ratio
+from inverse.mcmc.mala import Replicas
+from inverse.mcmc.noised_target import NoisedTarget, gain, lowest_noise
+from inverse.mcmc.reverse import ReverseDiffusion, check_solver
+from inverse.problem import DiffusionProblem
+from inverse.samplers.lanes import check_chunk
+from ppl.backend import Exactness, register
+from ppl.errors import OptionError
+from ppl.mcmc.adaptation import DualAveraging, windows
+from ppl.monitor import Monitor
+from ppl.posterior import Posterior
+from ppl.program import Program
+from sde import Solver
+from sde.schedule import log_grid
+
+__all__ = ["ParallelTempering"]
+
+WIDE = 1.0
+"""Highest level by default, in units of the prior's data_std: two equal modes merge there."""
+RARE = 0.02
+"""A pair of levels that swaps less often cuts the ladder in two."""
+
+
+@register
+@dataclass(frozen=True)
+class ParallelTempering:
+    r"""Chains that change modes: replicas at many noise levels, local Langevin steps with the Metropolis test, swaps.
+
+    For linear data with Gaussian noise the law of the lowest replica, with the draw of x_0 that follows, is the
+    posterior itself, mode weights included. Other likelihoods are blurred by sigma_min, an error of O(sigma_min^2).
+    Swaps between far points need the density along the line between them: exact where the prior knows it, and else an
+    integral with panels that are halved to `tolerance`. Levels have to overlap: their number grows as sqrt(d).
+    A network's score is the gradient of no density, an error that no option removes.
+
+    Args:
+        levels: replicas of every chain.
+        steps: Langevin steps between swaps; even and odd pairs of neighbours swap in turn.
+        warmup: rounds of steps and a swap in which step sizes are learned and levels moved to where swaps fail.
+        thin: rounds per draw.
+        sigma_min: lowest level; None takes 0.7 / ||B|| (0.7 sigma_y / ||A|| for equal noise), at most a fifth of the
+            prior's `data_std`; for other likelihoods a tenth of what their curvature resolves.
+        sigma_max: highest level; None takes the prior's `data_std`, at most its sigma_max.
+        adapt_levels: move the inner levels in warmup, so that all pairs swap equally often.
+        target_accept: acceptance that step sizes are learned for.
+        nodes: inner nodes of the line integral of a Langevin step, each one more denoiser row; None takes the prior's
+            own noised density, in swaps too, where there is one, else 2.
+        tolerance: error of a swap's line integral, in nats.
+        denoise_steps: solver steps of the draw of x_0 given x at the lowest level.
+        solver: its solver; None takes `CovarianceCorrected` where the prior has an exact covariance, else
+            `DPMSolver2MSDE`.
+        chunk: most rows of one denoiser call.
+
+    Raises:
+        OptionError: an option is out of range; on run, if the levels do not suit the data.
+
+    Source: Geyer (1991) [inferred]; placing levels by rejection: Syed et al. (2022) [inferred]; noise levels as
+    temperatures with ratios at one level only [derived].
+
+    Example:
+        >>> import ppl, pyro, pyro.distributions as dist
+        >>> from sde import GaussianMixture
+        >>> prior = GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-3.0], [3.0]]), torch.ones(2))
+        >>> def model(y):
+        ...     x = pyro.sample("x", prior)
+        ...     pyro.sample("y", dist.Normal(x[..., 0], 100.0), obs=y)
+        >>> sampler = ParallelTempering(levels=4, warmup=50)
+        >>> posterior = ppl.infer(ppl.Program(model, torch.tensor(0.0)), sampler, draws=60, chains=20)
+        >>> abs((posterior["x"] > 0).double().mean().item() - 0.7) < 0.1
+        True
+    """
+
+    levels: int = 12
+    steps: int = 2
+    warmup: int = 300
+    thin: int = 1
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    adapt_levels: bool = True
+    target_accept: float = 0.574
+    nodes: int | None = None
+    tolerance: float = 0.01
+    denoise_steps: int = 10
+    solver: Solver | None = None
+    chunk: int | None = None
+
+    exact: ClassVar[Exactness] = "in_the_limit"
+    limit: ClassVar[tuple[str, ...]] = ("draws", "denoise_steps", "nodes")
+    exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
+    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    default_chains: ClassVar[int] = 8
+    batches_problems: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_walk(self.warmup, self.thin, self.target_accept)
+        check_chunk(self.chunk)
+        check_solver(self.solver)
+        check_nodes(self.nodes)
+        positive(self, "sigma_min", "sigma_max", "tolerance")
+        for name, least in (("levels", 2), ("steps", 1), ("denoise_steps", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise OptionError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """All replicas of all chains side by side."""
+        problem = DiffusionProblem.of(program)
+        return run_walk(
+            lambda: _Tempered(self, problem, chains, generator, monitor),
+            problem,
+            draws=draws,
+            chains=chains,
+            warmup=self.warmup,
+            thin=self.thin,
+            monitor=monitor,
+            label="rounds of swaps",
+        )
+
+
+class _Tempered:
+    """The replicas of one run, (levels, chains), the lowest level first."""
+
+    statistics: tuple[str, ...] = ("acceptance_rate", "swap_rate", "diverging")
+    finishes = True
+
+    def __init__(
+        self,
+        options: ParallelTempering,
+        problem: DiffusionProblem,
+        chains: int,
+        generator: torch.Generator,
+        monitor: Monitor,
+    ) -> None:
+        self.options, self.problem, self.chains = options, problem, chains
+        self.generator, self.monitor = generator, monitor
+        self.target = NoisedTarget(problem, monitor.cost, options.chunk)
+        prior = problem.prior
+        self.sigma = lowest_noise(problem, self.target.likelihood, options.sigma_min)
+        top = min(WIDE * prior.data_std, prior.sigma_max) if options.sigma_max is None else options.sigma_max
+        if not self.sigma < top <= prior.sigma_max:
+            raise OptionError(
+                f"sigma_max={top:.4g} must lie above the lowest level {self.sigma:.4g} and not above the prior's own "
+                f"sigma_max={prior.sigma_max:.4g}"
+            )
+        note_likelihood(self.target, self.sigma, monitor)
+        self.nodes = inner_nodes(options.nodes, self.target)
+        self.reverse = ReverseDiffusion(problem, options.solver, options.denoise_steps, options.chunk)
+        self.sigmas = log_grid(top, self.sigma, options.levels)[:-1].flip(0)
+        self.windows = windows(options.warmup) if options.warmup and options.adapt_levels else []
+        device, levels = problem.device, options.levels
+        eta = problem.shape.numel() ** (-1 / 3)
+        self.adapt = DualAveraging.start(torch.full((levels,), eta, dtype=torch.float64, device=device))
+        # Which replica stands at a level; whether it was at the top since it left the bottom; how often it came back.
+        self.who = torch.arange(levels, device=device)[:, None].expand(levels, chains).clone()
+        self.high = torch.zeros(levels, chains, dtype=torch.bool, device=device)
+        self.trips = torch.zeros(chains, dtype=torch.int64, device=device)
+        self.tried = torch.zeros(2, levels - 1, dtype=torch.float64, device=device)
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """A prior's path down the ladder, one value at every level."""
+        prior, shape = self.problem.prior, self.problem.shape
+        self.target.at(self.sigmas, True)
+        noise = torch.randn(
+            (self.options.levels, self.chains, *shape),
+            generator=self.generator,
+            dtype=self.problem.dtype,
+            device=self.generator.device,
+        ).to(self.problem.device)
+        x = prior.start(noise[-1], float(self.sigmas[-1]))
+        path = [x]
+        for level in range(self.options.levels - 1, 0, -1):
+            a, b = float(self.sigmas[level]), float(self.sigmas[level - 1])
+            keep = (b / a) ** 2
+            x = keep * x + (1 - keep) * self.reverse.denoise(x, self.sigmas[level])
+            x = x + b * math.sqrt(1 - keep) * noise[level - 1]
+            path.append(x)
+        self.replicas = Replicas(self.target, torch.stack(path[::-1]), self.nodes)
+
+    def advance(self, step: int) -> dict[str, Tensor]:
+        """Langevin steps of all replicas, then swaps of the even or of the odd pairs."""
+        warming = step < self.options.warmup
+        accept = self.replicas.x.new_zeros(self.chains)
+        diverging = torch.zeros_like(accept)
+        for _ in range(self.options.steps):
+            moved = self.replicas.step(self.adapt.log_step.exp(), self.generator)
+            accept += moved.accept[0] / self.options.steps
+            diverging += moved.diverging.any(0) / self.options.steps
+            if warming:
+                self.adapt.update(moved.accept.mean(1).double(), self.options.target_accept)
+        swapped = self._swap(step % 2)
+        if warming:
+            if any(stop == step + 1 for _, stop in self.windows):
+                self._move_levels()
+            if step == self.options.warmup - 1:
+                self.adapt.log_step = self.adapt.log_average
+                self.tried.zero_()
+                self.trips.zero_()
+        return {"acceptance_rate": accept, "swap_rate": swapped, "diverging": diverging}
+
+    def _swap(self, first: int) -> Tensor:
+        """Swap levels (first, first + 1), (first + 2, first + 3), ...; the mean acceptance of each chain."""
+        r, target = self.replicas, self.target
+        low = torch.arange(first, self.options.levels - 1, 2, device=r.x.device)
+        uniform = torch.rand(
+            (len(low), self.chains), generator=self.generator, dtype=r.x.dtype, device=self.generator.device
+        ).to(r.x.device)
+        if not len(low):
+            return r.x.new_ones(self.chains)
+        pair = torch.cat([low, low + 1])  # levels, and below the levels whose values come to them
+        other = torch.cat([low + 1, low])
+        level = pair.repeat_interleave(self.chains)
+        here, there = r.x[pair].flatten(0, 1), r.x[other].flatten(0, 1)
+        if r.rule is None:
+            log_prior = target.log_prior(there, level)
+            ratio = log_prior - r.log_prior[pair].flatten()
+        else:
+            estimate = adaptive_log_ratio(
+                lambda x, lane: target.score(x, level[lane]), here, there, self.options.tolerance
+            )
+            ratio, log_prior = estimate.value, torch.zeros_like(estimate.value)
+            self.error = torch.maximum(self.error, estimate.stderr.max().double())
+        raw_here, raw_there = ({n: v[at].flatten(0, 1) for n, v in r.raw.items()} for at in (pair, other))
+        new, old = (target.likelihood.value(raw, level) for raw in (raw_there, raw_here))
+        delta = (ratio + gain(new, old)).reshape(2, len(low), self.chains).sum(0)
+        accept = torch.where(delta.isnan(), 0.0, delta.clamp(max=0.0).exp())
+        keep = uniform < accept
+        self.tried[0, low] += accept.sum(1).double()
+        self.tried[1, low] += self.chains
+
+        both = torch.cat([keep, keep])
+        score = r.score[pair].flatten(0, 1)
+        moved = both.flatten().nonzero()[:, 0]
+        if len(moved):
+            score[moved] = target.score(there[moved], level[moved])
+        size = (len(pair), self.chains)
+        mask = torch.zeros(r.x.shape[:2], dtype=torch.bool, device=r.x.device)
+        mask[pair] = both
+
+        def whole(rows: Tensor, like: Tensor) -> Tensor:
+            full = like.clone()
+            full[pair] = rows.reshape(*size, *rows.shape[1:])
+            return full
+
+        r.take(
+            mask,
+            whole(there, r.x),
+            whole(score, r.score),
+            {n: whole(v, r.raw[n]) for n, v in raw_there.items()},
+            whole(log_prior, r.log_prior),
+        )
+        self.who[pair] = torch.where(both, self.who[other], self.who[pair])
+        self._count_trips()
+        return accept.mean(0)
+
+    def _count_trips(self) -> None:
+        """A round trip is from the bottom to the top and back."""
+        chain = torch.arange(self.chains, device=self.who.device)
+        self.high[self.who[-1], chain] = True
+        bottom = self.who[0]
+        self.trips += self.high[bottom, chain]
+        self.high[bottom, chain] = False
+
+    def _move_levels(self) -> None:
+        """Levels at equal shares of the total rejection, interpolated in log s; the ends stay."""
+        rejected = 1 - (self.tried[0] / self.tried[1].clamp(min=1.0)).cpu()
+        # Never an empty stretch: a pair that always swaps still keeps some of the ladder.
+        passed = torch.cat([torch.zeros(1, dtype=torch.float64), (rejected + 0.02).cumsum(0)])
+        wanted = torch.linspace(0, float(passed[-1]), self.options.levels, dtype=torch.float64)
+        before = self.sigmas.log()
+        at = torch.searchsorted(passed, wanted[1:-1]).clamp(1, self.options.levels - 1)
+        share = (wanted[1:-1] - passed[at - 1]) / (passed[at] - passed[at - 1])
+        inner = (before[at - 1] + share * (before[at] - before[at - 1])).exp()
+        self.sigmas = torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]])
+        self.target.at(self.sigmas, True)
+        self.replicas.evaluate()
+        self.adapt = DualAveraging.start(self.adapt.log_step.exp())
+        self.tried.zero_()
+
+    def value(self) -> Tensor:
+        """x at the lowest level."""
+        return self.replicas.x[0]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """x_0 given x at the lowest level."""
+        return self.reverse(x, self.sigma, self.generator)
+
+    def lost(self) -> Tensor:
+        """None: the test refuses what is not finite."""
+        return torch.zeros(self.chains, dtype=torch.bool, device=self.problem.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next round needs."""
+        own = {n: getattr(self, n) for n in ("sigmas", "who", "high", "trips", "tried", "error")}
+        adapt = {n: getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
+        own |= {f"adapt.{n}": v for n, v in adapt.items()} | {"adapt.count": torch.tensor(self.adapt.count)}
+        return own | {f"replicas.{n}": v for n, v in self.replicas.state().items()}
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on from `state()`."""
+        for name in ("sigmas", "who", "high", "trips", "tried", "error"):
+            setattr(self, name, state[name])
+        self.target.at(self.sigmas, True)
+        inner = {n.removeprefix("replicas."): v for n, v in state.items() if n.startswith("replicas.")}
+        self.replicas = Replicas.resumed(self.target, inner, self.nodes)
+        parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
+        self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
+
+    def summary(self) -> dict[str, Tensor]:
+        """Levels, step sizes, swaps of every pair, round trips of every chain, and the error of line integrals."""
+        rates = self.tried[0] / self.tried[1].clamp(min=1.0)
+        seldom = ((rates < RARE) & (self.tried[1] > 0)).nonzero()[:, 0].tolist()
+        if seldom:
+            at = float(self.sigmas[seldom[0]])
+            self.monitor.note(
+                f"{len(seldom)} of {len(rates)} pairs of levels swap less than {RARE:.0%} of the time, the lowest of "
+                f"them from s={at:.3g}: take more levels"
+            )
+        if float(self.error) > 10 * self.options.tolerance:
+            self.monitor.note(
+                f"a swap's line integral may be off by {float(self.error):.2g} nats: the score is not smooth there"
+            )
+        return {
+            "sigmas": self.sigmas,
+            "step_size": self.adapt.log_step.exp(),
+            "swap_acceptance": rates,
+            "round_trips": self.trips,
+            "line_error": self.error,
+        }
