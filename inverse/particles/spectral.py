@@ -52,7 +52,7 @@ class Step:
 
     def select(self, index: Tensor) -> Step:
         """The same state with particles `index`, histories included."""
-        return Step(**pytree.tree_map(lambda t: t[index], self.__dict__))
+        return Step(**pytree.tree_map(lambda t: None if t is None else t[index], self.__dict__))
 
     def pack(self) -> dict[str, Tensor]:
         """All tensors, by path."""
@@ -122,12 +122,16 @@ class SpectralKernel:
         scale = self.tau.double().log() + 0.5 * math.log(2 * math.pi)
         self.constant = gaussian.log_normaliser.double() - 0.5 * missed.square().sum() + scale.sum()
         # Variance c^2 of the prior's steps, by level, and the share of x that they keep; 0 in the last.
-        self.variance = [step_variance(solver, float(a), float(b)) for a, b in pairwise(sigmas)]
+        self.variance = [self.noise_variance(float(a), float(b)) for a, b in pairwise(sigmas)]
 
     @property
     def levels(self) -> int:
         """Number of positive noise levels."""
         return len(self.sigmas) - 1
+
+    def noise_variance(self, a: float, b: float) -> float:
+        """c^2 of the step from level a to b."""
+        return step_variance(self.solver, a, b)
 
     def kept(self, level: int) -> float:
         """r in x_b = r x_a + (1 - r) E[x_0] + c z, of the step from a level: r^2 a^2 + c^2 = b^2."""
