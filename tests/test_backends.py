@@ -70,15 +70,21 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "DAPS": [(inverse.DAPS(steps=4), linear), (inverse.DAPS(steps=3, inner="hmc", inner_steps=3), linear)],
     "DDNM": [(inverse.DDNM(steps=4), linear), (inverse.DDNM(steps=4, travel_length=2, travel_repeats=2), linear)],
     "DDRM": [(inverse.DDRM(steps=4), linear)],
+    "DDSMC": [
+        (inverse.DDSMC(steps=4, particles=12, runs=2), linear),
+        (inverse.DDSMC(steps=3, particles=12, runs=2, reconstruction="flow", ode_steps=2), linear),
+    ],
     "DPS": [(inverse.DPS(steps=4), linear)],
     "DiffPIR": [(inverse.DiffPIR(steps=4), linear)],
     "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
     "Exact": [(inverse.Exact(), linear)],
+    "FPSSMC": [(inverse.FPSSMC(steps=4, particles=12, runs=2), linear)],
     "Gibbs": [(ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain)],
     "GuidedSampler": [
         (inverse.GuidedSampler(inverse.PiGDMGuide(), inverse.TwistedSMC().solver, steps=4), linear),
     ],
     "HMC": [(ppl.HMC(warmup=20, max_steps=8), plain)],
+    "MCGdiff": [(inverse.MCGdiff(steps=4, particles=12, runs=2), linear)],
     "MomentMatching": [(inverse.MomentMatching(steps=3), linear)],
     "NUTS": [(ppl.NUTS(warmup=10), plain)],
     "NoiseSpace": [
@@ -101,6 +107,7 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "SplitGibbs": [(inverse.SplitGibbs(steps=3, warmup=3), linear)],
     "TwistedSMC": [
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
+        (inverse.TwistedSMC(steps=5, particles=12, threshold=1.0, moves=1, runs=2), linear),
         (inverse.TwistedSMC(steps=4, particles=12, guide=inverse.PiGDMGuide(), runs=2), linear),
     ],
 }

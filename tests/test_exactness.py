@@ -29,10 +29,13 @@ F64 = torch.float64
 # What each class claims: (exact, limit, exact_when). It is changed here and in the class, with a test that holds it.
 CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "AnnealedLangevin": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
+    "DDSMC": ("in_the_limit", ("particles", "steps", "ode_steps"), ("linear_gaussian_likelihood",)),
     "DiffusionPCN": ("in_the_limit", ("draws", "steps"), ()),
     "EllipticalSlice": ("in_the_limit", ("draws",), ()),
     "Exact": ("always", (), ("linear_gaussian_likelihood",)),
+    "FPSSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
     "HMC": ("in_the_limit", ("draws",), ()),
+    "MCGdiff": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
     "MomentMatching": ("never", (), ("gaussian_prior", "linear_gaussian_likelihood")),
     "NUTS": ("in_the_limit", ("draws",), ()),
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),

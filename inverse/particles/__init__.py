@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from inverse.particles.conditional import NoiseAndReturn
 from inverse.particles.core import run_particles, systematic
+from inverse.particles.ddsmc import DDSMC
+from inverse.particles.fps import FPSSMC
+from inverse.particles.mcgdiff import MCGdiff
 from inverse.particles.twisted import TwistedSMC
 
-__all__ = ["NoiseAndReturn", "TwistedSMC", "run_particles", "systematic"]
+__all__ = ["DDSMC", "FPSSMC", "MCGdiff", "NoiseAndReturn", "TwistedSMC", "run_particles", "systematic"]
