@@ -298,7 +298,7 @@ class _Reading:
 
     def means(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Means of an observed site at the three points."""
-        first, second, origin = (_mean_and_noise(name, run.nodes[name])[0] for run in self.runs)
+        first, second, origin = (mean_and_noise(name, run.nodes[name])[0] for run in self.runs)
         return first, second, origin
 
 
@@ -328,7 +328,7 @@ def _observe(likelihood: Likelihood, x: Tensor, scored: bool = False) -> Any:
     return likelihood.program.trace_one({}, likelihood.program.shared_inputs(), run)[0]
 
 
-def _mean_and_noise(name: str, node: Any) -> tuple[Tensor, Tensor, bool]:
+def mean_and_noise(name: str, node: Any) -> tuple[Tensor, Tensor, bool]:
     """Mean (*shape), and standard deviations (*shape) or a Cholesky factor, of one observed site."""
     fn = unwrap(node["fn"])
     shape = node["value"].shape
@@ -342,8 +342,8 @@ def _mean_and_noise(name: str, node: Any) -> tuple[Tensor, Tensor, bool]:
 def _read_site(name: str, whole: _Reading, alone: list[_Reading]) -> GaussianLikelihood:
     """One observed site in linear Gaussian form."""
     likelihood, node = whole.likelihood, whole.runs[0].nodes[name]
-    mean, noise, diagonal = _mean_and_noise(name, node)
-    noise_2 = _mean_and_noise(name, whole.runs[1].nodes[name])[1]
+    mean, noise, diagonal = mean_and_noise(name, node)
+    noise_2 = mean_and_noise(name, whole.runs[1].nodes[name])[1]
     offset = whole.means(name)[2]
     if not torch.allclose(noise, noise_2):
         raise _NotGaussian(f"the noise of {name!r} depends on {likelihood.site!r}")
@@ -410,7 +410,7 @@ def _operator(name: str, reading: _Reading) -> LinearOperator:
     rtol = PROBE_RTOL.get(mean.dtype, 1e-3)
 
     def mean_fn(value: Tensor) -> Tensor:
-        return _mean_and_noise(name, _observe(likelihood, value).nodes[name])[0] - offset
+        return mean_and_noise(name, _observe(likelihood, value).nodes[name])[0] - offset
 
     # A large point as well: what saturates looks linear near zero.
     with torch.no_grad():

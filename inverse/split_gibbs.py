@@ -294,7 +294,7 @@ def run_sweeps(
                 f"direction of the prior an independent draw takes about {apart:.0f}; take more draws or thin, or "
                 "inverse.TwistedSMC"
             )
-        results = problem.results(kept) if length else {problem.site: kept}
+        results = problem.results(kept)
         info = residual_chi(problem, kept)
     if splitting.metropolis:
         info["acceptance_rate"] = accepted

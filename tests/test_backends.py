@@ -19,6 +19,7 @@ from models.references import gaussian_problem
 from ppl.backend import registered
 from ppl.errors import OptionError
 from ppl.testing import check_backend
+from sde import GaussianMixture
 
 F64 = torch.float64
 
@@ -26,6 +27,30 @@ F64 = torch.float64
 def linear() -> ppl.Program:
     """Three dimensions, two observations, a diffusion site."""
     return gaussian_problem(0.3, dim=3, observations=2).program
+
+
+def unknown_noise() -> ppl.Program:
+    """The same with a noise level to be found."""
+
+    def model(y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(-1.0, dtype=F64), 0.5))
+        x = pyro.sample(
+            "x", GaussianMixture(torch.ones(1, dtype=F64), torch.zeros(1, 3, dtype=F64), torch.eye(3)[None])
+        )
+        pyro.sample("y", dist.Normal(x[..., :2], sigma).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+def two_sites() -> ppl.Program:
+    """Two diffusion sites in one measurement."""
+    priors = [GaussianMixture(torch.ones(2), torch.eye(2, n), torch.ones(2)).to(dtype=F64) for n in (2, 3)]
+
+    def model(y: Tensor) -> None:
+        a, b = (pyro.sample(n, p) for n, p in zip("ab", priors, strict=True))
+        pyro.sample("y", dist.Normal(a + b[..., :2], 0.3).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
 
 
 def plain() -> ppl.Program:
@@ -77,7 +102,7 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "DPS": [(inverse.DPS(steps=4), linear)],
     "DiffPIR": [(inverse.DiffPIR(steps=4), linear)],
     "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
-    "Exact": [(inverse.Exact(), linear)],
+    "Exact": [(inverse.Exact(), linear), (inverse.Exact(), two_sites)],
     "FPSSMC": [(inverse.FPSSMC(steps=4, particles=12, runs=2), linear)],
     "Gibbs": [(ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain)],
     "GuidedSampler": [
@@ -92,7 +117,8 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
         (ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(1), steps=8)), linear),
     ],
-    "PiGDM": [(inverse.PiGDM(steps=4), linear)],
+    "NuisanceSMC": [(inverse.NuisanceSMC(steps=3, particles=12, runs=2, moves=1), unknown_noise)],
+    "PiGDM": [(inverse.PiGDM(steps=4), linear), (inverse.PiGDM(steps=4), two_sites)],
     "PnPDM": [
         (inverse.PnPDM(steps=3, warmup=3), linear),
         (inverse.PnPDM(steps=3, warmup=3, inner="mala", inner_steps=2), linear),
@@ -104,9 +130,13 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.ScorePriorVI(steps=8, starts=2), linear),
         (inverse.ScorePriorVI(guide=ppl.Flow(transforms=1, hidden=(8,)), bound="immse", levels=2, steps=6), linear),
     ],
-    "SplitGibbs": [(inverse.SplitGibbs(steps=3, warmup=3), linear)],
+    "SplitGibbs": [
+        (inverse.SplitGibbs(steps=3, warmup=3), linear),
+        (inverse.SplitGibbs(steps=3, warmup=3), two_sites),
+    ],
     "TwistedSMC": [
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
+        (inverse.TwistedSMC(steps=3, particles=12, runs=2), two_sites),
         (inverse.TwistedSMC(steps=5, particles=12, threshold=1.0, moves=1, runs=2), linear),
         (inverse.TwistedSMC(steps=4, particles=12, guide=inverse.PiGDMGuide(), runs=2), linear),
     ],

@@ -39,6 +39,8 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "MomentMatching": ("never", (), ("gaussian_prior", "linear_gaussian_likelihood")),
     "NUTS": ("in_the_limit", ("draws",), ()),
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
+    # Held in tests/inverse/particles/test_nuisance.py, by quadrature over the parameter.
+    "NuisanceSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
     "SplitGibbs": ("in_the_limit", ("draws", "steps"), ("linear_gaussian_likelihood",)),
     "SVI": ("never", ("steps",), ("gaussian_posterior", "full_rank")),
     "TwistedSMC": ("in_the_limit", ("particles", "steps"), ()),

@@ -7,6 +7,7 @@ from inverse.particles.core import run_particles, systematic
 from inverse.particles.ddsmc import DDSMC
 from inverse.particles.fps import FPSSMC
 from inverse.particles.mcgdiff import MCGdiff
+from inverse.particles.nuisance import NuisanceSMC
 from inverse.particles.twisted import TwistedSMC
 
-__all__ = ["DDSMC", "FPSSMC", "MCGdiff", "NoiseAndReturn", "TwistedSMC", "run_particles", "systematic"]
+__all__ = ["DDSMC", "FPSSMC", "MCGdiff", "NoiseAndReturn", "NuisanceSMC", "TwistedSMC", "run_particles", "systematic"]

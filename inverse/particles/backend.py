@@ -61,6 +61,10 @@ class ParticleBackend:
             raise OptionError(f"runs must be one or more, got {self.runs}")
         Chunks(self.chunk)
 
+    def problem(self, program: Program) -> DiffusionProblem:
+        """What is solved."""
+        return DiffusionProblem.of(program)
+
     @abstractmethod
     def kernel(self, problem: DiffusionProblem, cost: Cost) -> Kernel[Any]:
         """How particles move on a problem."""
@@ -78,7 +82,7 @@ class ParticleBackend:
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
         """Run the engine once or more for every chain."""
-        problem = DiffusionProblem.of(program)
+        problem = self.problem(program)
         with torch.no_grad(), problem.counting(monitor.cost):
             kernel = self.kernel(problem, monitor.cost)
             moves = self.rejuvenation(problem, kernel)
@@ -99,7 +103,7 @@ class ParticleBackend:
                     f"{type(self).__name__}: stopped before its first pass over the noise levels was complete: no draws"
                 )
                 empty = torch.zeros(1, 0, *problem.shape, dtype=problem.dtype, device=problem.device)
-                return Posterior(draws={problem.site: empty}, attrs={"complete": False})
+                return Posterior(draws=problem.results(empty), attrs={"complete": False})
             x = torch.stack([values for values, _ in found])
             results = problem.results(x)
         merged = [m for _, m in found]
