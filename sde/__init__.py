@@ -20,6 +20,7 @@ __all__ = [
     "Denoiser",
     "DenoisingPrior",
     "DenseCovariance",
+    "DiffusersDenoiser",
     "DiffusionPrior",
     "EDMDenoiser",
     "EDMHeun",
@@ -44,8 +45,10 @@ __all__ = [
     "call_denoiser",
     "count_calls",
     "edm_grid",
+    "from_diffusers",
     "log_grid",
     "sample",
+    "training_levels",
 ]
 
 from sde.covariance import DenseCovariance, SubspaceCovariance, TweedieCovariance
@@ -60,6 +63,7 @@ from sde.denoiser import (
     call_denoiser,
     count_calls,
 )
+from sde.diffusers import DiffusersDenoiser, from_diffusers, training_levels
 from sde.diffusion import DiffusionPrior
 from sde.joint import BlockCovariance, JointPrior
 from sde.krylov import KrylovCovariance

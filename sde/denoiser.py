@@ -29,6 +29,7 @@ __all__ = [
     "VelocityDenoiser",
     "call_denoiser",
     "count_calls",
+    "noise_levels",
 ]
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -52,22 +53,31 @@ def call_denoiser(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, lab
     return denoiser(x, sigma) if label is None else denoiser(x, sigma, label=label)
 
 
+def noise_levels(x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Sigma as (batch,) for a network and as (batch, 1, ...) for arithmetic with x, in the dtype of x.
+
+    Raises:
+        ValueError: if sigma is neither one level nor one per row.
+
+    Example:
+        >>> [tuple(s.shape) for s in noise_levels(torch.zeros(2, 3, 3), 1.0)]
+        [(2,), (2, 1, 1)]
+    """
+    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if s.ndim > 1 or (s.ndim == 1 and s.shape[0] not in (1, x.shape[0])):
+        raise ValueError(
+            f"sigma has shape {tuple(s.shape)}, but x has {x.shape[0]} rows; give one noise level, or one per row"
+        )
+    rows = s.expand(x.shape[0])
+    return rows, rows.reshape(-1, *[1] * (x.ndim - 1))
+
+
 class _Wrapper(nn.Module):
     """A network and the coordinate it was trained in."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-
-    def _levels(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Sigma as (batch,) for the network and as (batch or 1, 1, ...) for arithmetic with x, in the dtype of x."""
-        s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        if s.ndim > 1 or (s.ndim == 1 and s.shape[0] not in (1, x.shape[0])):
-            raise ValueError(
-                f"sigma has shape {tuple(s.shape)}, but x has {x.shape[0]} rows; give one noise level, or one per row"
-            )
-        rows = s.expand(x.shape[0])
-        return rows, rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class EDMDenoiser(_Wrapper):
@@ -95,7 +105,7 @@ class EDMDenoiser(_Wrapper):
 
     def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Denoise x: (batch, *event) at sigma: 0-d or (batch,)."""
-        rows, s = self._levels(x, sigma)
+        rows, s = noise_levels(x, sigma)
         total = s.square() + self.sigma_data**2
         output = self.network(x * total.rsqrt(), rows.log() / 4, label)
         return x * (self.sigma_data**2 / total) + output * (s * self.sigma_data * total.rsqrt())
@@ -131,7 +141,7 @@ class _Scheduled(_Wrapper):
 
     def _query(self, x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The network's answer at x_t = alpha x, with (s, alpha_t, sigma_t) shaped for arithmetic with x."""
-        rows, s = self._levels(x, sigma)
+        rows, s = noise_levels(x, sigma)
         t = self.schedule.time(rows)
         column = [-1] + [1] * (x.ndim - 1)
         alpha = self.schedule.alpha(t).reshape(column)

@@ -19,8 +19,8 @@ from sde.covariance import apply_rows, dense_matrices, flat_rows, row_index
 
 __all__ = ["LowRankCovariance"]
 
-# nu over the largest eigenvalue of H: a network's columns are not quite those of a covariance, and small eigenvalues
-# of H would blow up what E implies.
+# nu over the longest column: a network's columns are not quite those of a covariance, and small eigenvalues of H would
+# blow up what E implies.
 _SHIFT = 0.05
 
 
@@ -76,7 +76,7 @@ class LowRankCovariance:
             values, vectors = torch.linalg.eigh(h)
             return cls(mean, event_shape, values.clamp(min=0), q @ vectors, h.new_zeros(rows))
         inside, turn = torch.linalg.eigh(h)
-        shift = (_SHIFT * inside[:, -1:]).clamp(min=torch.finfo(h.dtype).tiny)
+        shift = (_SHIFT * products.norm(dim=1).amax(-1, keepdim=True)).clamp(min=torch.finfo(h.dtype).tiny)
         implied = (e @ turn) / (inside.clamp(min=0) + shift).sqrt()[:, None, :]
         found = h.diagonal(dim1=-2, dim2=-1)[:, k - random :].mean(-1)
         outside = (found - implied.square().sum((1, 2)) / (d - k)).clamp(min=0)
