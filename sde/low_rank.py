@@ -23,6 +23,9 @@ __all__ = ["LowRankCovariance"]
 # blow up what E implies.
 _SHIFT = 0.05
 
+# Most variance that the columns may claim for the entries outside, over what random probes found there.
+_TRUST = 2.0
+
 
 @dataclass(frozen=True)
 class LowRankCovariance:
@@ -78,8 +81,11 @@ class LowRankCovariance:
         inside, turn = torch.linalg.eigh(h)
         shift = (_SHIFT * products.norm(dim=1).amax(-1, keepdim=True)).clamp(min=torch.finfo(h.dtype).tiny)
         implied = (e @ turn) / (inside.clamp(min=0) + shift).sqrt()[:, None, :]
-        found = h.diagonal(dim1=-2, dim2=-1)[:, k - random :].mean(-1)
-        outside = (found - implied.square().sum((1, 2)) / (d - k)).clamp(min=0)
+        found = h.diagonal(dim1=-2, dim2=-1)[:, k - random :].mean(-1).clamp(min=0)
+        claimed = implied.square().sum((1, 2)) / (d - k)
+        share = (_TRUST * found / claimed.clamp(min=torch.finfo(h.dtype).tiny)).clamp(max=1)
+        implied = implied * share.sqrt()[:, None, None]
+        outside = (found - share * claimed).clamp(min=0)
         # Orthonormal to the probes to machine precision, whatever the rank of E.
         basis = torch.linalg.qr(torch.cat([q, e], -1)).Q
         beyond = basis[..., k:]

@@ -48,6 +48,8 @@ class NetworkCovariance:
         at: Callable[[Tensor], NetworkCovariance] | None = None,
     ) -> None:
         self.event_shape, self.dense_limit, self.krylov_steps = event_shape, dense_limit, krylov_steps
+        # Forward mode refuses expanded tensors.
+        x = x.contiguous()
         self._denoise, self._x, self._sigma, self._on_product, self._at = denoise, x, sigma, on_product, at
         self._rows = math.prod(x.shape[: x.ndim - len(event_shape)])
         # Products are tracked as the first evaluation was, and not because the network's parameters are.
@@ -73,7 +75,7 @@ class NetworkCovariance:
         """J v, for v: (*batch, *event); one more forward pass."""
         self._on_product(self._rows)
         with torch.set_grad_enabled(self._grad), sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(self._denoise, (self._x,), (v,))[1]
+            return torch.func.jvp(self._denoise, (self._x,), (v.contiguous(),))[1]
 
     def matvec(self, v: Tensor) -> Tensor:
         """C v, for v: (*extra, *batch, *event); each of the `extra` vectors costs one jvp and one vjp."""
