@@ -124,7 +124,11 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.PnPDM(steps=3, warmup=3, inner="mala", inner_steps=2), linear),
     ],
     "Pyro": [(ppl.Pyro(PyroNUTS, warmup=4), plain)],
-    "REDDiff": [(inverse.REDDiff(steps=6, scale="likelihood"), linear), (inverse.REDDiff(steps=6), linear)],
+    "REDDiff": [
+        (inverse.REDDiff(steps=6, scale="likelihood"), linear),
+        (inverse.REDDiff(steps=6, scale="likelihood", covariance="low_rank", rank=2), linear),
+        (inverse.REDDiff(steps=6), linear),
+    ],
     "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
     "ScorePriorVI": [
         (inverse.ScorePriorVI(steps=8, starts=2), linear),

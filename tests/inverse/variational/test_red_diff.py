@@ -16,7 +16,8 @@ from torch import Tensor
 import ppl
 from inverse import REDDiff
 from inverse.problem import DiffusionProblem
-from inverse.variational.red_diff import WEIGHTINGS, _Published, _Variational
+from inverse.variational.red_diff import WEIGHTINGS, _Published
+from inverse.variational.red_diff_gaussian import Diagonal
 from ppl import Program
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -145,7 +146,7 @@ def test_gradients_vanish_at_the_derived_optimum_and_only_there(s: float) -> Non
     """
     tau, sigma = 1.3, 0.8
     problem = DiffusionProblem.of(program_of(normal(tau), sigma=sigma, identity=True))
-    method = _Variational(REDDiff(scale="likelihood"), problem, Cost())
+    method = Diagonal(REDDiff(scale="likelihood"), problem, Cost())
     y = torch.tensor([1.0, -0.5, 0.3], dtype=F64)
     precision = 1 / (tau**2 + s**2) + 1 / sigma**2
     sd = math.sqrt(1 / precision - s**2)
