@@ -31,8 +31,10 @@ EXAMPLES = {
   pilotlight infer my_module:my_problem --backend ppl.NUTS --draws 1000 --chains 4 --checkpoint run
   pilotlight infer models.programs:digits_unknown_noise \\
       --backend "ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(8)))" --option engine.steps=300
+  pilotlight infer my_module:my_problem --backend amortised.safetensors --option correct=True
 
-The function returns a ppl.Program, or (model, data). A run that was stopped goes on from its --checkpoint.""",
+The function returns a ppl.Program, or (model, data). A file of `pilotlight train --program` is a backend too. A run
+that was stopped goes on from its --checkpoint.""",
     "compare": """examples:
   pilotlight compare models.programs:inpaint_fashion --draws 64 --html report.html \\
       --backends "DPS, 200 steps: inverse.DPS(steps=200)" "inverse.PiGDM(steps=50)" "inverse.REDDiff(steps=50)"
@@ -43,8 +45,12 @@ A text before a colon is the name in the table. Ctrl-C keeps the backends that a
   pilotlight train digits --out priors
   pilotlight train fashion --out priors --device cuda
   pilotlight train digits --steps 500     a short run, to see that it works
+  pilotlight train --program my_module:my_problem --out amortised.safetensors
+  pilotlight train --program my_module:my_problem --option width=256 --option depth=4 --steps 8000
+  pilotlight train --program my_module:my_problem --start amortised.safetensors --out better.safetensors
 
-A run that was stopped goes on from its checkpoint. Then: models.load("digits8x8", folder="priors").""",
+A run that was stopped goes on from its checkpoint. Then: models.load("digits8x8", folder="priors"). With --program, a
+denoiser is trained on simulations of the program, for any data: pilotlight infer ... --backend FILE""",
     "priors": """examples:
   pilotlight priors
   pilotlight priors digits8x8             everything that is known about one""",
@@ -89,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(options.run(options) or 0)
-    except PilotlightError as error:
+    except (PilotlightError, FileNotFoundError) as error:
         print(f"pilotlight: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -157,7 +163,7 @@ def _infer(options: argparse.Namespace) -> int:
     from ppl.backend_text import backend_from_text
 
     problem = _problem(options)
-    backend = backend_from_text(options.backend, _modules(), options.option)
+    backend = backend_from_text(_trained(options.backend), _modules(), options.option)
     for finding in problem.program.check():
         print(f"pilotlight: warning: {finding}", file=sys.stderr)
     posterior = ppl.infer(
@@ -190,7 +196,7 @@ def _compare(options: argparse.Namespace) -> int:
         name, backend = _named(text)
         if name in backends:
             raise OptionError(f'two backends are called {name!r}; name them: "first: {backend}"')
-        backends[name] = backend_from_text(backend, _modules())
+        backends[name] = backend_from_text(_trained(backend), _modules())
     problem = _problem(options)
     comparison = ppl.compare(
         problem.program,
@@ -217,18 +223,75 @@ def _named(text: str) -> tuple[str, str]:
     return text.removeprefix("inverse.").removeprefix("ppl."), text
 
 
+def _trained(text: str) -> str:
+    """The text of a backend; a file of `pilotlight train --program` is one."""
+    return f"inverse.AmortisedDenoiser(file={text!r})" if text.endswith(".safetensors") else text
+
+
 def _train(options: argparse.Namespace) -> int:
+    from ppl.errors import OptionError
+
+    if (options.prior is None) == (options.program is None):
+        raise OptionError("train takes the name of a prior, or --program module:function, and not both")
+    if options.steps is not None and options.steps < 1:
+        raise OptionError(f"steps must be one or more, got {options.steps}")
+    if options.program is not None:
+        return _train_program(options)
+    if options.set or options.option or options.start:
+        raise OptionError("--set, --option and --start belong to --program")
+    return _train_prior(options)
+
+
+def _train_program(options: argparse.Namespace) -> int:
+    import torch
+
+    import inverse
+    import ppl
+    from ppl.backend_text import backend_from_text
+
+    problem = _problem(options)
+    start, given = None, list(options.option)
+    if options.start is not None:
+        start = inverse.FittedDenoiser.load(options.start, problem.program)
+        given = [f"width={start.options.width}", f"depth={start.options.depth}", *given]
+    if options.steps is not None:
+        given.append(f"steps={options.steps}")
+    backend = backend_from_text("inverse.AmortisedDenoiser", _modules(), given)
+    assert isinstance(backend, inverse.AmortisedDenoiser)
+    out = options.out or Path("amortised.safetensors")
+    generator = torch.Generator(problem.program.device).manual_seed(options.seed)
+    monitor = ppl.Monitor(
+        progress=not options.quiet,
+        checkpoint=options.checkpoint or out.with_suffix(".checkpoint"),
+        generator=generator,
+        fingerprint={
+            "program": problem.program.fingerprint(),
+            "run": f"{backend!r} seed={options.seed} start={options.start}",
+        },
+    )
+    with monitor:
+        fitted = backend.fit(problem.program, generator=generator, monitor=monitor, start=start)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fitted.save(out)
+    monitor.done()
+    for note in monitor.notes:
+        print(f"note: {note}")
+    print(f"wrote {out}: loss {fitted.loss[0]:.4f} on fresh simulations (1 is that of an untrained network)")
+    if not fitted.complete:
+        print("interrupted: the same command goes on from the checkpoint")
+        return 130
+    return 0
+
+
+def _train_prior(options: argparse.Namespace) -> int:
     from models.denoisers import TrainProgress
     from models.scripts.train import RECIPES as KNOWN
     from models.scripts.train import export, run_stages, shortened
-    from ppl.errors import OptionError
 
     name = RECIPES[options.prior]
     recipe = KNOWN[name]
     stages = recipe.stages
     if options.steps is not None:
-        if options.steps < 1:
-            raise OptionError(f"steps must be one or more, got {options.steps}")
         stages = shortened(stages, options.steps)
 
     def say(now: TrainProgress) -> None:
@@ -236,13 +299,15 @@ def _train(options: argparse.Namespace) -> int:
             print(f"step {now.step}: loss {now.loss:.4f}, held out {now.held_out:.4f}", flush=True)
 
     data = recipe.data()
-    checkpoint = options.checkpoint or Path(options.out) / f"{name}.checkpoint.safetensors"
+    folder = options.out or Path("priors")
+    checkpoint = options.checkpoint or folder / f"{name}.checkpoint.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    done = run_stages(stages, data, checkpoint, callback=say, device=options.device, progress=not options.quiet)
+    device = options.device or "cpu"
+    done = run_stages(stages, data, checkpoint, callback=say, device=device, progress=not options.quiet)
     if done[-1].interrupted:
         print(f"interrupted at step {done[-1].step}; the same command goes on from {checkpoint}")
         return 130
-    print(f"wrote {export(name, done, data, Path(options.out))}")
+    print(f"wrote {export(name, done, data, folder)}")
     return 0
 
 
@@ -306,11 +371,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--device", help="such as cuda")
 
-    train = command("train", _train, "train one of the priors again")
-    train.add_argument("prior", choices=sorted(RECIPES))
-    train.add_argument("--out", default="priors", help="folder of the weights (default: priors)")
-    train.add_argument("--steps", type=int, help="optimiser steps (default: those of the prior that ships)")
-    train.add_argument("--checkpoint", type=Path, help="file to go on from (default: in the output folder)")
+    train = command("train", _train, "train one of the priors again, or an amortised posterior of a program")
+    train.add_argument("prior", nargs="?", choices=sorted(RECIPES))
+    train.add_argument("--program", metavar="module:function", help="function that returns a program to be simulated")
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of that function")
+    train.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of inverse.AmortisedDenoiser"
+    )
+    train.add_argument("--start", type=Path, help="file of an earlier training of the program to go on from")
+    train.add_argument("--seed", type=int, default=0, help="of the training of a program")
+    train.add_argument(
+        "--out", type=Path, help="folder of a prior (default: priors), or file (default: amortised.safetensors)"
+    )
+    train.add_argument("--steps", type=int, help="optimiser steps (default: those of the prior, or of the backend)")
+    train.add_argument(
+        "--checkpoint", type=Path, help="file, or folder for a program, to go on from (default: by --out)"
+    )
     train.add_argument("--device", help="such as cuda")
 
     priors = command("priors", _priors, "the trained priors that come along, and what is known of them")

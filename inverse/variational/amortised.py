@@ -151,7 +151,13 @@ class AmortisedDenoiser:
     ) -> Posterior:
         """Train (or load) and draw; see `ppl.infer`."""
         if self.file is not None:
-            fitted = replace(FittedDenoiser.load(self.file, program, self.network), options=self)
+            if not Path(self.file).is_file():
+                raise OptionError(
+                    f"there is no file {self.file}; train it: pilotlight train --program, or fit(...).save"
+                )
+            loaded = FittedDenoiser.load(self.file, program, self.network)
+            as_trained = {n: getattr(loaded.options, n) for n in ("width", "depth", "p_mean", "p_std")}
+            fitted = replace(loaded, options=replace(self, **as_trained))
             return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
         parts: list[tuple[Tensor, Tensor | None]] = []
         for i in range(chains):
@@ -227,7 +233,7 @@ class AmortisedDenoiser:
             scales=training.scales,
             options=self,
             history=history if start is None else torch.cat([start.history, history]),
-            loss=judge(network, self.levels_of_training, training.scales, pairs, seed=0),
+            loss=judge(network, self.levels_of_training, training.scales, pairs, seed=0)[:2],
             complete=training.step == self.steps,
             mask=pairs.mask,
             given=givens(program),

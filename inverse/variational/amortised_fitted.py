@@ -41,7 +41,8 @@ class FittedDenoiser:
     """D(z_sigma, sigma, y), trained on simulations of a program; one training serves all data.
 
     The program is part of what was learned: `load` and `posterior` refuse one with other sites, covariates or
-    parameters, and `load` one on whose simulations the denoiser errs otherwise than it did at the end of its training.
+    parameters, and `load` one whose simulations differ plainly from those of the training, or on which the denoiser
+    errs otherwise (a noise level changed by a third is found, by a tenth is not).
 
     Args:
         program: what was simulated (one problem).
@@ -305,12 +306,14 @@ class FittedDenoiser:
         return loaded
 
     def _recognise(self, pairs: Pairs, where: str) -> None:
-        """Refuse a program on whose simulations the denoiser errs otherwise than on those of its own."""
-        mean, stderr = judge(self.network, self.options.levels_of_training, self.scales, pairs, seed=1)
-        if abs(mean - self.loss[0]) > FAR * math.hypot(stderr, self.loss[1]):
+        """Refuse a program that simulates other data, or on whose simulations the denoiser errs otherwise."""
+        mean, stderr, distance = judge(self.network, self.options.levels_of_training, self.scales, pairs, seed=1)
+        gap = abs(mean - self.loss[0]) / math.hypot(stderr, self.loss[1])
+        if max(gap, distance) > FAR:
             raise ProgramError(
-                f"{where} was trained on another program: its loss was {self.loss[0]:.4f}, on simulations of this one "
-                f"it is {mean:.4f}; only observed data may differ, not priors, noise or the forward model"
+                f"{where} was trained on another program: simulations of this one differ by {distance:.1f} standard "
+                f"errors from those of the training, and the loss on them by {gap:.1f}; only observed data may differ, "
+                "not priors, noise or the forward model"
             )
 
 

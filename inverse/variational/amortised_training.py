@@ -44,6 +44,9 @@ class Scales:
         y_sd: (data_dim,).
         y_low: (data_dim,) smallest simulated.
         y_high: (data_dim,) largest.
+        marks: (9, dim + data_dim) deciles of latents and data.
+        shares: (9, dim + data_dim) share of the simulations at or below each mark.
+        rows: 0-d, simulations behind all this.
     """
 
     z_mean: Tensor
@@ -52,13 +55,20 @@ class Scales:
     y_sd: Tensor
     y_low: Tensor
     y_high: Tensor
+    marks: Tensor
+    shares: Tensor
+    rows: Tensor
 
     @classmethod
     def of(cls, z: Tensor, y: Tensor, pairs: Pairs, entrywise: bool) -> Scales:
         """Measured on simulated pairs; one mean and one standard deviation per site unless entrywise."""
         z_mean, z_sd = _moments(z, [math.prod(s) for s in pairs.latent_shapes.values()], entrywise)
         y_mean, y_sd = _moments(y, [math.prod(s) for s in pairs.data_shapes.values()], entrywise)
-        return cls(z_mean, z_sd, y_mean, y_sd, y.amin(0), y.amax(0))
+        both = torch.cat([z, y], 1)
+        marks = both.sort(0).values[[len(z) * k // 10 for k in range(1, 10)]]
+        return cls(
+            z_mean, z_sd, y_mean, y_sd, y.amin(0), y.amax(0), marks, _at_or_below(both, marks), torch.tensor(len(z))
+        )
 
     def standard(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and data in units of their spread."""
@@ -71,6 +81,19 @@ class Scales:
     def outside(self, y: Tensor) -> int:
         """How many of the data (data_dim,) lie outside all that was simulated."""
         return int(((y < self.y_low) | (y > self.y_high)).sum())
+
+    def distance(self, z: Tensor, y: Tensor) -> float:
+        """How far other simulations are from these: the largest difference of shares, in standard errors."""
+        both = torch.cat([z, y], 1)
+        gap = (_at_or_below(both, self.marks) - self.shares).abs()
+        # No share is so close to 0 or 1 that a single row decides.
+        spread = (self.shares * (1 - self.shares)).clamp(min=0.01).sqrt()
+        return float((gap / spread).max() / math.sqrt(1 / len(z) + 1 / int(self.rows)))
+
+
+def _at_or_below(values: Tensor, marks: Tensor) -> Tensor:
+    """Share of the rows (rows, n) at or below each mark (marks, n)."""
+    return torch.stack([(values <= mark).to(marks.dtype).mean(0) for mark in marks])
 
 
 def build_network(options: AmortisedDenoiser, pairs: Pairs, generator: torch.Generator) -> nn.Module:
@@ -98,13 +121,18 @@ def build_network(options: AmortisedDenoiser, pairs: Pairs, generator: torch.Gen
 
 def judge(
     network: nn.Module, options: Mapping[str, float], scales: Scales, pairs: Pairs, seed: int
-) -> tuple[float, float]:
-    """Mean denoising loss on fresh pairs, and its standard error."""
+) -> tuple[float, float, float]:
+    """Mean denoising loss on fresh pairs, its standard error, and how far the pairs are from those of the training.
+
+    Noise levels are the quantiles of the law trained on, so that their scatter adds nothing to the error.
+    """
     generator = torch.Generator(pairs.program.device).manual_seed(seed)
     rows = max(2, min(JUDGED, BLOCK // (pairs.dim + pairs.data_dim)))
-    z, y = scales.standard(*pairs.draw(rows, generator))
-    clean, data = (v.to(_dtype(network)) for v in (z, y))
-    sigma, noise = _levels(options, clean, generator)
+    raw = pairs.draw(rows, generator)
+    clean, data = (v.to(_dtype(network)) for v in scales.standard(*raw))
+    ranks = (torch.arange(rows, dtype=torch.float64, device=clean.device) + 0.5) / rows
+    sigma = torch.exp(options["p_mean"] + options["p_std"] * torch.special.ndtri(ranks)).to(clean)
+    noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=generator.device)
     was = network.training
     with torch.no_grad(), seeded(generator):
         network.eval()
@@ -114,7 +142,9 @@ def judge(
         ]
     network.train(was)
     loss = torch.cat(parts).double()
-    return float(loss.mean()), float(loss.std() / math.sqrt(rows))
+    # Neighbours share their noise level all but exactly: their differences are what is left to chance.
+    stderr = float((loss.diff().square().mean() / (2 * rows)).sqrt())
+    return float(loss.mean()), stderr, scales.distance(*raw)
 
 
 class Training:
