@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from inverse.particles.moves import noised
+from inverse.particles.spectral import check_reversal
 from inverse.particles.twisted import particle_kernel
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
@@ -76,6 +77,7 @@ class NoiseAndReturn:
             raise OptionError(f"level must be positive and finite, in units of the prior's data_std, got {self.level}")
         if self.steps < 2 or self.particles < 2:
             raise OptionError(f"steps and particles must be 2 or more, got {self.steps} and {self.particles}")
+        check_reversal(self.solver, "NoiseAndReturn")
 
     def for_sites(self, sites: tuple[str, ...], cost: Cost) -> _Return:
         """The kernel of a block."""

@@ -1,16 +1,17 @@
 r"""DDSMC: particles on a decoupled chain, whose steps are draws of a Gaussian given the data, noised again.
 
-x^ is the clean value seen from x_a, the chain's step is N(m, c^2 I), and the clean value at its end is read as Gaussian
-around it, direction by direction in the singular basis. With q the prior's mean and l, W, g numbers of the level,
+x^ is the clean value seen from x_a and the chain's step is N(m, c^2 I). Direction by direction in the singular basis,
+with q the prior's mean and l, g, W numbers of the level, W_a = W_b + g_a^2 c^2 and W = 0 at the last,
 
-    psi_a(x_a)       = prod_i N(y_i; q + l (x^ - q), tau_i^2 + W)
-    p~(y | x_b, x_a) = prod_i N(y_i; q + l (x^ - q) + g (z_b - m), tau_i^2 + W - g^2 c^2)
+    psi_a(x_a)       = prod_i N(y_i; q + l (x^ - q), tau_i^2 + W_a)
+    p~(y | x_b, x_a) = prod_i N(y_i; q + l (x^ - q) + g_a (z_b - m), tau_i^2 + W_b)
     x_b ~ N(x_b; m, c^2) p~(y | x_b, x_a), normalised,        w <- w psi_b(x_b) / p~(y | x_b, x_a)
 
-"tweedie":  m the solver's step with x^ = D(x_a), c^2 = b^2 (1 - b^2 / a^2), f = 1 - b^2 / a^2
-            x_0 ~ N(x^, W I), x_b = m + f (x_0 - x^) + noise:    l = 1, W = a^2 sd^2 / (a^2 + sd^2), g = f W / c^2
-"flow":     m = x^ the end of the probability flow from x_a, c = b: every level keeps the prior's law, and
-            x^_b - q has correlation sd / sqrt(sd^2 + b^2) with x^_a - q:    l = g their product, W = sd^2 (1 - l^2)
+"tweedie":  m the solver's step with x^ = D(x_a), c^2 = b^2 (1 - b^2 / a^2);   l = 1, g_a = sd^2 / (sd^2 + b^2)
+"flow":     m = x^ the end of the probability flow from x_a, c = b, so that every level keeps the prior's law;
+            l_a = g_a = l_b sd / sqrt(sd^2 + b^2), the correlation of x_0 with x^
+
+For a prior N(q, sd^2 I) psi is exact and all steps have weight one.
 """
 
 from __future__ import annotations
@@ -113,17 +114,16 @@ class DDSMCKernel(SpectralKernel):
         self.mean = self.data.of_x(
             problem.prior.start(torch.zeros_like(problem.noise(1, torch.Generator(problem.device))))
         )[0]
-        self.keep, self.width, self.slope = self.closure()
+        self.keep, self.slope = self.closure()
+        width = [0.0]
+        for slope, c in zip(self.slope[-2::-1], self.variance[-2::-1], strict=True):
+            width.append(width[-1] + slope**2 * c)
+        self.width = width[::-1]
 
-    def closure(self) -> tuple[list[float], list[float], list[float]]:
-        """l, W and g by level."""
-        width, slope = [], []
-        for level, (s, c) in enumerate(zip(self.sigmas[:-1].tolist(), self.variance, strict=True)):
-            f, sd = 1 - self.kept(level), self.problem.prior.data_std
-            # No wider than what the step's noise has room for: at the last level there is none.
-            width.append(min(s**2 * sd**2 / (s**2 + sd**2), c / f**2))
-            slope.append(f * width[-1] / c if c > 0 else 0.0)
-        return [1.0] * self.levels, width, slope
+    def closure(self) -> tuple[list[float], list[float]]:
+        """l and g by level; g is not used at the last."""
+        sd = self.problem.prior.data_std
+        return [1.0] * self.levels, [sd**2 / (sd**2 + b**2) for b in self.sigmas[1:].tolist()]
 
     def start(self, particles: int, generator: torch.Generator) -> Step:
         """Particles at the first level, from the prior's own start."""
@@ -144,10 +144,10 @@ class DDSMCKernel(SpectralKernel):
         self, population: Step, level: int, generator: torch.Generator, retained: Tensor | None = None
     ) -> tuple[Step, Tensor]:
         """The chain's step given the data, and its weight; the first particles go to `retained`."""
-        slope, width, variance = self.slope[level], self.width[level], self.variance[level]
+        slope, variance = self.slope[level], self.variance[level]
         noise = self.problem.noise(len(population.x), generator)
         gap, mean = population.own["gap"], self.data.of_x(population.mean)
-        gain = slope * variance / (width + self.tau.square())
+        gain = slope * variance / (self.width[level] + self.tau.square())
         spread = (variance * (1 - slope * gain)).clamp(min=0).sqrt()
         moved = mean + gain * gap + spread * self.data.of_x(noise)
         x = self.data.replace(population.mean + math.sqrt(variance) * noise, moved)
@@ -155,7 +155,7 @@ class DDSMCKernel(SpectralKernel):
             x = torch.cat([retained, x[len(retained) :]])
         left = gap - slope * (self.data.of_x(x) - mean)
         new = self.look(x, level + 1, population.state, {})
-        return new, new.log_twist - self._log_normal(left, width - slope**2 * variance)
+        return new, new.log_twist - self._log_normal(left, self.width[level + 1])
 
     def _log_normal(self, gap: Tensor, width: float) -> Tensor:
         """Log density of the data, (particle, r) -> (particle,), by the closure's variance `width` of x_0."""
@@ -171,13 +171,12 @@ class _Flow(DDSMCKernel):
         """All the noise of the next level."""
         return b**2
 
-    def closure(self) -> tuple[list[float], list[float], list[float]]:
-        """l, W and g by level."""
+    def closure(self) -> tuple[list[float], list[float]]:
+        """l = g by level."""
         variance, keep = self.problem.prior.data_std**2, [1.0]
-        for s in reversed(self.sigmas[1:-1].tolist()):
-            keep.append(keep[-1] * math.sqrt(variance / (variance + s**2)))
-        keep.reverse()
-        return keep, [variance * (1 - v**2) for v in keep], keep
+        for b in reversed(self.sigmas[1:-1].tolist()):
+            keep.append(keep[-1] * math.sqrt(variance / (variance + b**2)))
+        return keep[::-1], keep[::-1]
 
     def step(self, x: Tensor, level: int, state: Any) -> tuple[Tensor, Tensor, Any]:
         """The end of the flow, twice: it is where the next step starts."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from inverse.guides import PiGDMGuide
 from inverse.particles.backend import ParticleBackend
-from inverse.particles.closure import ClosureKernel
+from inverse.particles.closure import ClosureKernel, MomentClosure
 from inverse.particles.core import Kernel
 from inverse.particles.guided import GuidedKernel
 from inverse.particles.moves import NoiseUp
+from inverse.particles.spectral import check_reversal
 from inverse.problem import DiffusionProblem
 from ppl.backend import register
 from ppl.cost import Cost
@@ -72,6 +73,8 @@ class TwistedSMC(ParticleBackend):
             raise OptionError(f"moves must be zero or more per resampling, got {self.moves}")
         if self.climb < 1:
             raise OptionError(f"climb must be one or more noise levels, got {self.climb}")
+        if self.moves:
+            check_reversal(self.solver, "TwistedSMC(moves=...)")
         if self.guide is not None and not hasattr(self.guide, "bind"):
             raise OptionError(f"expected a guide such as inverse.PiGDMGuide(), got {self.guide!r}")
         if self.guide is not None and self.guide.acts_in != "denoiser":
@@ -99,5 +102,7 @@ def particle_kernel(
     """How particles move: by the full moment closure where the prior has an exact covariance, or led by a guide."""
     if guide is None and "exact_covariance" in problem.prior.capabilities:
         return ClosureKernel(problem, sigmas)
+    if isinstance(guide, MomentClosure):
+        return guide.kernel(problem, sigmas, chunk)
     guide = PiGDMGuide() if guide is None else guide
     return GuidedKernel(problem, sigmas, guide.bind(problem, cost), solver, chunk)
