@@ -235,8 +235,10 @@ class _Tempered:
             log_prior = target.log_prior(there, level)
             ratio = log_prior - r.log_prior[pair].flatten()
         else:
+            # The scores of the exchanged values are those of the next steps, if the swap is accepted.
+            ends = r.score[pair].flatten(0, 1), target.score(there, level)
             estimate = adaptive_log_ratio(
-                lambda x, lane: target.score(x, level[lane]), here, there, self.options.tolerance
+                lambda x, lane: target.score(x, level[lane]), here, there, ends, self.options.tolerance
             )
             ratio, log_prior = estimate.value, torch.zeros_like(estimate.value)
             self.error = torch.maximum(self.error, estimate.stderr.max().double())
@@ -249,10 +251,13 @@ class _Tempered:
         self.tried[1, low] += self.chains
 
         both = torch.cat([keep, keep])
-        score = r.score[pair].flatten(0, 1)
-        moved = both.flatten().nonzero()[:, 0]
-        if len(moved):
-            score[moved] = target.score(there[moved], level[moved])
+        if r.rule is None:
+            score = r.score[pair].flatten(0, 1)
+            moved = both.flatten().nonzero()[:, 0]
+            if len(moved):
+                score[moved] = target.score(there[moved], level[moved])
+        else:
+            score = ends[1]
         size = (len(pair), self.chains)
         mask = torch.zeros(r.x.shape[:2], dtype=torch.bool, device=r.x.device)
         mask[pair] = both
