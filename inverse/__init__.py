@@ -9,7 +9,7 @@ from inverse.exact import Exact
 from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
-from inverse.particles import DDSMC, FPSSMC, MCGdiff, NoiseAndReturn, NuisanceSMC, TwistedSMC
+from inverse.particles import DDSMC, FPSSMC, MCGdiff, MomentClosure, NoiseAndReturn, NuisanceSMC, TwistedSMC
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
 from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
@@ -41,6 +41,7 @@ __all__ = [
     "Likelihood",
     "MCGdiff",
     "MomentMatching",
+    "MomentClosure",
     "MomentMatchingGuide",
     "NoiseAndReturn",
     "NuisanceSMC",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inverse.particles.closure import MomentClosure
 from inverse.particles.conditional import NoiseAndReturn
 from inverse.particles.core import run_particles, systematic
 from inverse.particles.ddsmc import DDSMC
@@ -10,4 +11,14 @@ from inverse.particles.mcgdiff import MCGdiff
 from inverse.particles.nuisance import NuisanceSMC
 from inverse.particles.twisted import TwistedSMC
 
-__all__ = ["DDSMC", "FPSSMC", "MCGdiff", "NoiseAndReturn", "NuisanceSMC", "TwistedSMC", "run_particles", "systematic"]
+__all__ = [
+    "DDSMC",
+    "FPSSMC",
+    "MCGdiff",
+    "MomentClosure",
+    "NoiseAndReturn",
+    "NuisanceSMC",
+    "TwistedSMC",
+    "run_particles",
+    "systematic",
+]

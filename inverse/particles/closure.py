@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from inverse.chunks import Chunks
+from inverse.guides import MomentMatchingGuide
+from inverse.guides.base import BoundGuide
+from inverse.guides.closure import floored_cholesky
 from inverse.problem import DiffusionProblem
+from ppl.cost import Cost
+from ppl.errors import CapabilityError, OptionError
 from sde import DenseCovariance, LowRankCovariance, NetworkCovariance, SubspaceCovariance
 
-__all__ = ["ClosureKernel"]
+__all__ = ["ClosureKernel", "MomentClosure"]
 
 Covariance = SubspaceCovariance | DenseCovariance | LowRankCovariance
 
@@ -66,6 +72,38 @@ class Closure:
         return {"x": self.x}
 
 
+@dataclass(frozen=True)
+class MomentClosure:
+    """The closure as the guide of `TwistedSMC`: particles move by its own step, with or without an exact covariance.
+
+    In any other engine it is moment matching, which rests on the same moments.
+
+    Args:
+        random: random directions for a network's covariance; one vjp each per particle and level, beside one for each
+            measurement.
+
+    Source: [derived]; `python -m benchmarks.covariance` compares it with other guides.
+    """
+
+    random: int = 2
+
+    exact_when: ClassVar[tuple[str, ...]] = MomentMatchingGuide.exact_when
+    acts_in: ClassVar[str] = "denoiser"
+    gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.random < 1:
+            raise OptionError(f"random must be one direction or more, got {self.random}")
+
+    def bind(self, problem: DiffusionProblem, cost: Cost | None = None) -> BoundGuide:
+        """Moment matching for one problem."""
+        return MomentMatchingGuide().bind(problem, cost)
+
+    def kernel(self, problem: DiffusionProblem, sigmas: Tensor, chunk: int | None = None) -> ClosureKernel:
+        """How particles move."""
+        return ClosureKernel(problem, sigmas, self.random, chunk)
+
+
 class ClosureKernel:
     """Moves a population by the closure's exact conditional draws.
 
@@ -80,10 +118,10 @@ class ClosureKernel:
         chunk: particles per call of a network; changes memory, nothing else.
 
     Raises:
-        CapabilityError: the likelihood has no linear Gaussian form.
+        CapabilityError: the likelihood has no linear Gaussian form, or the prior joins networks with exact priors.
     """
 
-    def __init__(self, problem: DiffusionProblem, sigmas: Tensor, random: int = 4, chunk: int | None = None) -> None:
+    def __init__(self, problem: DiffusionProblem, sigmas: Tensor, random: int = 2, chunk: int | None = None) -> None:
         self.problem, self.sigmas, self.random, self.chunks = problem, sigmas, random, Chunks(chunk)
         self.gaussian = problem.likelihood.gaussian
         m = self.gaussian.size
@@ -116,7 +154,7 @@ class ClosureKernel:
         gram = self._measure(towards).movedim(0, -1)
         gram = (gram + gram.mT) / 2
         residual = (self.gaussian.data - self.gaussian.operator(covariance.mean)).reshape(len(x), -1)
-        factor = torch.linalg.cholesky(gram + torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device))
+        factor, _ = floored_cholesky(gram)
         log_twist = self.gaussian.log_normaliser + _log_normal(residual, factor)
         return Closure(x, covariance, towards, gram, factor, residual, log_twist)
 
@@ -149,7 +187,12 @@ class ClosureKernel:
             return prior.covariance(x, sigma)
 
         def parts(x: Tensor) -> tuple[Tensor, ...]:
-            network: NetworkCovariance = prior.covariance(x, sigma)
+            network = prior.covariance(x, sigma)
+            if not isinstance(network, NetworkCovariance):
+                raise CapabilityError(
+                    f"the closure needs a prior with an exact covariance or one of networks alone, got {prior!r}; use "
+                    "another guide, such as inverse.PiGDMGuide()"
+                )
             c = network.low_rank(self.rows, self.random)
             return c.mean, c.values, c.vectors, c.outside
 
@@ -174,8 +217,8 @@ class ClosureKernel:
         flat, towards = seen.flatten(2), s.towards.flatten(2)
         mean = torch.einsum("mpd,pd->pm", flat, delta.flatten(1))
         gram = s.gram - torch.einsum("ipd,jpd->pij", towards, flat)
-        gram = (gram + gram.mT) / 2 + torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-        return self.gaussian.log_normaliser + _log_normal(s.residual - mean, torch.linalg.cholesky(gram))
+        factor, _ = floored_cholesky((gram + gram.mT) / 2)
+        return self.gaussian.log_normaliser + _log_normal(s.residual - mean, factor)
 
     def _measure(self, v: Tensor) -> Tensor:
         """B v with the data axes flattened: (m, particle, *site) -> (m, particle, m)."""
