@@ -6,24 +6,51 @@ Every backend reads data, operator and noise level from the program.
 from __future__ import annotations
 
 from inverse.exact import Exact
-from inverse.guides import DPSGuide, Guided, LGDGuide, MomentMatchingGuide, PiGDMGuide, TMPDGuide, as_denoiser
+from inverse.guides import (
+    DPSGuide,
+    FreeDoMGuide,
+    Guided,
+    LGDGuide,
+    MomentMatchingGuide,
+    MPGDGuide,
+    PiGDMGuide,
+    TMPDGuide,
+    as_denoiser,
+)
 from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
 from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
 from inverse.particles import DDSMC, FPSSMC, MCGdiff, MomentClosure, NoiseAndReturn, NuisanceSMC, TwistedSMC
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
-from inverse.samplers import DAPS, DDNM, DDRM, DPS, DiffPIR, GuidedSampler, MomentMatching, PiGDM
+from inverse.samplers import (
+    DAPS,
+    DCPS,
+    DDNM,
+    DDRM,
+    DPS,
+    MGPS,
+    MPGD,
+    DiffPIR,
+    FreeDoM,
+    GuidedSampler,
+    MomentMatching,
+    PiGDM,
+    ReSample,
+)
 from inverse.sensor import Censored, Quantised
 from inverse.split_gibbs import SplitGibbs
 from inverse.variational import AmortisedDenoiser, FittedDenoiser, FittedScorePrior, REDDiff, ScorePriorVI
 
 __all__ = [
     "DAPS",
+    "DCPS",
     "DDNM",
     "DDRM",
     "DDSMC",
     "DPS",
     "FPSSMC",
+    "MGPS",
+    "MPGD",
     "AmortisedDenoiser",
     "AnnealedLangevin",
     "Censored",
@@ -34,14 +61,17 @@ __all__ = [
     "Exact",
     "FittedDenoiser",
     "FittedScorePrior",
+    "FreeDoM",
+    "FreeDoMGuide",
     "GaussianLikelihood",
     "Guided",
     "GuidedSampler",
     "LGDGuide",
     "Likelihood",
     "MCGdiff",
-    "MomentMatching",
+    "MPGDGuide",
     "MomentClosure",
+    "MomentMatching",
     "MomentMatchingGuide",
     "NoiseAndReturn",
     "NuisanceSMC",
@@ -51,6 +81,7 @@ __all__ = [
     "PnPDM",
     "Quantised",
     "REDDiff",
+    "ReSample",
     "ScorePriorVI",
     "SplitGibbs",
     "TMPDGuide",

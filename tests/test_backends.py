@@ -99,6 +99,10 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.DDSMC(steps=4, particles=12, runs=2), linear),
         (inverse.DDSMC(steps=3, particles=12, runs=2, reconstruction="flow", ode_steps=2), linear),
     ],
+    "DCPS": [
+        (inverse.DCPS(steps=6, blocks=2, langevin_steps=2), linear),
+        (inverse.DCPS(steps=4, blocks=1, optimizer="adam"), linear),
+    ],
     "DPS": [(inverse.DPS(steps=4), linear)],
     "DiffPIR": [(inverse.DiffPIR(steps=4), linear)],
     "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
@@ -108,8 +112,11 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "GuidedSampler": [
         (inverse.GuidedSampler(inverse.PiGDMGuide(), inverse.TwistedSMC().solver, steps=4), linear),
     ],
+    "FreeDoM": [(inverse.FreeDoM(steps=4, travel_repeats=2), linear), (inverse.FreeDoM(4, "alpha"), linear)],
     "HMC": [(ppl.HMC(warmup=20, max_steps=8), plain)],
     "MCGdiff": [(inverse.MCGdiff(steps=4, particles=12, runs=2), linear)],
+    "MGPS": [(inverse.MGPS(steps=4, fit_steps=2), linear), (inverse.MGPS(steps=4, warm_start=False), linear)],
+    "MPGD": [(inverse.MPGD(steps=4), linear), (inverse.MPGD(4, "norm", travel_repeats=2), linear)],
     "MomentMatching": [(inverse.MomentMatching(steps=3), linear)],
     "NUTS": [(ppl.NUTS(warmup=10), plain)],
     "NoiseSpace": [
@@ -128,6 +135,10 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.REDDiff(steps=6, scale="likelihood"), linear),
         (inverse.REDDiff(steps=6, scale="likelihood", covariance="low_rank", rank=2), linear),
         (inverse.REDDiff(steps=6), linear),
+    ],
+    "ReSample": [
+        (inverse.ReSample(steps=6, every=2), linear),
+        (inverse.ReSample(steps=4, inner="adam", inner_steps=3), linear),
     ],
     "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
     "ScorePriorVI": [

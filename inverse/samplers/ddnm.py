@@ -20,6 +20,7 @@ from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
+from inverse.samplers.travel import check_travel, travel_path
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -74,20 +75,11 @@ class DDNM(TrajectorySampler):
         check_chunk(self.chunk)
         if not 0 <= self.eta <= 1:
             raise OptionError(f"eta must lie in [0, 1], got {self.eta}; 0.85 is the published value")
-        if self.travel_length < 1 or self.travel_repeats < 1:
-            raise OptionError(
-                "travel_length and travel_repeats must be one or more, got "
-                f"{self.travel_length} and {self.travel_repeats}; travel_repeats=1 is no time travel"
-            )
+        check_travel(self.travel_length, self.travel_repeats)
 
     def path(self, levels: list[float]) -> list[float]:
         """The levels in the order in which they are visited; a rise is a return by fresh noise."""
-        out, last = [levels[0]], len(levels) - 1
-        for start in range(0, last, self.travel_length):
-            stretch = levels[start + 1 : min(start + self.travel_length, last) + 1]
-            for repeat in range(self.travel_repeats):
-                out += ([levels[start]] if repeat else []) + stretch
-        return out
+        return travel_path(levels, self.travel_length, self.travel_repeats)
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _NullSpace:
         """The steps that lanes take on a problem."""

@@ -24,6 +24,9 @@ __all__ = ["Lanes", "Method", "Noise", "check_chunk", "run_lanes"]
 BLOCK = 16
 """Lanes that share a random stream; groups may cut through a block."""
 
+FAR = 1e6
+"""Size of x, in units of the prior's largest noise level and mean, from which a lane has diverged."""
+
 State = dict[str, Tensor]
 
 
@@ -122,7 +125,7 @@ def run_lanes(
     """Run a method for all draws of all chains.
 
     A group that runs out of memory is halved and begun again, down to one draw. After an interruption the draws of the
-    finished groups are returned. A lane that is no longer finite is left out, with a note of its step, and the others
+    finished groups are returned. A lane that has diverged is left out, with a note of its step, and the others
     go on as if it were not there; what is left is dealt to the chains anew, equally many for each.
 
     Args:
@@ -139,7 +142,7 @@ def run_lanes(
         (chain, draw, *shape) draws, and whether they are complete.
 
     Raises:
-        NotFiniteError: if no lane, or fewer than there are chains, stays finite to the end.
+        NotFiniteError: if all lanes diverge, or all but fewer than there are chains.
     """
     total = draws * chains
     blocks = math.ceil(total / BLOCK)
@@ -167,15 +170,15 @@ def run_lanes(
             break
         done, saved = torch.cat([done, group[0]]), None
         shared |= {"done": done, "lost": torch.cat([shared["lost"], group[1]]), "size": torch.tensor(size)}
-    done = _finite(run, done, shared["lost"], chains)
+    done = _survivors(run, done, shared["lost"], chains)
     kept = len(done) // chains
     # Lanes go through the chains first, so that what is finished is the same number of draws of each.
     x = done[: kept * chains].reshape(kept, chains, *problem.shape).movedim(0, 1)
     return x.contiguous(), kept == draws
 
 
-def _finite(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
-    """The draws that stayed finite; a note, or an error, says where the others were lost."""
+def _survivors(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
+    """The draws that did not diverge; a note, or an error, says where the others were lost."""
     bad = lost[lost > 0]
     if not len(bad):
         return done
@@ -189,8 +192,8 @@ def _finite(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
     cure = "take more steps or weaker guidance, check the model there, or try float64"
     if len(kept) < chains:
         raise NotFiniteError(
-            f"{run.problem.site!r} is not finite in {len(bad)} of {len(lost)} draws ({where}), which leaves "
-            f"{len(kept)} for {chains} chains; {cure}"
+            f"{run.problem.site!r} is not finite, or beyond all bounds, in {len(bad)} of {len(lost)} draws ({where}), "
+            f"which leaves {len(kept)} for {chains} chains; {cure}"
         )
     run.monitor.note(
         f"{len(bad)} of {len(lost)} draws diverged ({where}) and are left out; the others are kept, though they are "
@@ -211,14 +214,14 @@ def _run_group(
         first, lost = int(saved.pop("step")), saved.pop("losing").cpu()
         noise.unpack(saved.pop("noise"))
         state = {name.removeprefix("lane."): t for name, t in saved.items()}
-    total = run.method.steps
+    total, bound = run.method.steps, _bound(run.problem.prior)
     label = run.label if shared["size"] >= stop and not start else f"{run.label}, draws {start}-{stop - 1}"
     done = first
     for step in run.monitor.steps(total, label, start=first):
         if bool((lost == 0).any()):
             with _unchecked(run.problem.prior):
                 state = run.method.advance(step, state, noise)
-            state, lost = _mark(state, lost, step + 1)
+            state, lost = _mark(state, lost, step + 1, bound)
         done = step + 1
         now, gone = state, lost
 
@@ -230,7 +233,7 @@ def _run_group(
     if done < total:
         return None
     x = run.method.end(state, noise)
-    return x, torch.where((lost == 0) & ~_finite_lanes(x).cpu(), total, lost)
+    return x, torch.where((lost == 0) & ~_sound(x, bound).cpu(), total, lost)
 
 
 @contextmanager
@@ -243,14 +246,23 @@ def _unchecked(prior: Any) -> Iterator[None]:
         prior._validate_args = before
 
 
-def _finite_lanes(x: Tensor) -> Tensor:
-    """(lanes,) whether all of a lane is finite."""
-    return x.isfinite().reshape(len(x), -1).all(1)
+def _bound(prior: Any) -> float:
+    """What no entry of x exceeds that has not diverged."""
+    try:
+        mean = float(prior.mean.abs().max())
+    except NotImplementedError:  # of a network
+        mean = 0.0
+    return FAR * (prior.sigma_max + mean)
 
 
-def _mark(state: State, lost: Tensor, step: int) -> tuple[State, Tensor]:
-    """Note the step of lanes that are no longer finite; copies of a good lane stand in for them from here on."""
-    good = _finite_lanes(state["x"])
+def _sound(x: Tensor, bound: float) -> Tensor:
+    """(lanes,) whether all of a lane is finite, and no larger than the bound."""
+    return (x.abs() <= bound).reshape(len(x), -1).all(1)
+
+
+def _mark(state: State, lost: Tensor, step: int, bound: float) -> tuple[State, Tensor]:
+    """Note the step of lanes that have diverged; copies of a good lane stand in for them from here on."""
+    good = _sound(state["x"], bound)
     if bool(good.all()):
         return state, lost
     lost = torch.where((lost == 0) & ~good.cpu(), step, lost)
