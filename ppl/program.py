@@ -456,11 +456,22 @@ class Program:
         raise ProgramError(f"the model failed when it was run once: {failure}") from failure
 
     def _second_sites(self, trace: Any, sites: Mapping[str, Site]) -> dict[str, Site]:
-        """Sites of a run with other latents, to tell which distributions are fixed; costly sites keep their value."""
-        costly = [n for n, s in sites.items() if not s.observed and s.capabilities - {"enumerable"}]
+        """Sites of a run with other latents, to tell which distributions are fixed.
+
+        Costly sites are not drawn again but moved; discrete ones, which could be drawn equal, take their next value.
+        """
+        values = {}
+        for name, site in sites.items():
+            value = trace.nodes[name]["value"]
+            if site.observed:
+                continue
+            if "enumerable" in site.capabilities and site.event_dim == 0:
+                values[name] = _next_value(site.distribution, value)
+            elif site.capabilities - {"enumerable"}:
+                values[name] = 0.7 - 1.3 * value if value.is_floating_point() else value
         try:
-            other = self._run_once({n: trace.nodes[n]["value"] for n in costly}, FIRST_TRIES, validate=False)
-        except (ValueError, RuntimeError):
+            other = self._run_once(values, FIRST_TRIES, validate=False)
+        except (ValueError, RuntimeError, IndexError):
             return {}
         return read_sites(other)
 
@@ -597,3 +608,10 @@ class Program:
             return value * (1 + 0.02 * (noise - 0.5))
 
         return {n: shake(n, v) for n, v in lane.items()}, {n: shake(n, v) for n, v in shared.items()}
+
+
+def _next_value(fn: Any, value: Tensor) -> Tensor:
+    """The value behind this one in the support of a discrete distribution, entry by entry."""
+    support = fn.enumerate_support(expand=True).to(value.device)
+    place = (support == value).to(torch.int8).argmax(0, keepdim=True)
+    return support.gather(0, (place + 1) % len(support))[0]
