@@ -19,16 +19,21 @@ from torch import Size, Tensor
 import ppl
 from inverse import (
     DAPS,
+    DCPS,
     DDNM,
     DDRM,
     DPS,
+    MGPS,
+    MPGD,
     DiffPIR,
     DPSGuide,
+    FreeDoM,
     GuidedSampler,
     MomentMatching,
     MomentMatchingGuide,
     PiGDM,
     PiGDMGuide,
+    ReSample,
 )
 from inverse.problem import DiffusionProblem
 from inverse.samplers import lanes as lanes_module
@@ -237,6 +242,12 @@ BACKENDS: list[Any] = [
     DiffPIR(steps=6),
     DAPS(steps=4),
     DAPS(steps=3, inner="hmc", inner_steps=3),
+    DCPS(steps=6, blocks=2, langevin_steps=2),
+    MGPS(steps=6, fit_steps=2),
+    ReSample(steps=6, every=2),
+    ReSample(steps=6, inner="adam", inner_steps=5),
+    FreeDoM(steps=6, travel_repeats=2),
+    MPGD(steps=6),
 ]
 
 
@@ -304,6 +315,11 @@ def test_costs_by_backend() -> None:
         DDNM(steps=6),
         DiffPIR(steps=6),
         DAPS(steps=6),
+        DCPS(steps=6),
+        MGPS(steps=6),
+        ReSample(steps=6, every=2),
+        FreeDoM(steps=6),
+        MPGD(steps=6),
     ],
     ids=repr,
 )
@@ -455,6 +471,12 @@ def test_plates_labels_and_float32() -> None:
         DDNM(steps=5),
         DiffPIR(steps=5),
         DAPS(steps=5),
+        DCPS(steps=5),
+        MGPS(steps=5),
+        ReSample(steps=5),
+        ReSample(steps=5, inner="adam", inner_steps=5),
+        FreeDoM(steps=5),
+        MPGD(steps=5),
     ):
         posterior = ppl.infer(program, backend, draws=6, chains=2)
         assert posterior["x"].shape == (2, 6, 4, 3)
