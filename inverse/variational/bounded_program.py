@@ -78,8 +78,9 @@ class BoundedProgram(Program):
         moving = [n for n in sites if not program.sites[n].static]
         if moving:
             raise CapabilityError(
-                f"the prior of {moving} depends on other sites, so that its density is not one function of the value; "
-                "fix these sites with pyro.condition, or use ppl.NoiseSpace(ppl.SVI(...))"
+                f"the prior of {moving} depends on other sites or is built anew in every run, so that its density is "
+                "no function of the value alone; build it outside of the model, fix these sites with pyro.condition, "
+                "or use ppl.NoiseSpace(ppl.SVI(...))"
             )
         lifted = program.noise_space(*sites)
         new = cls.__new__(cls)
