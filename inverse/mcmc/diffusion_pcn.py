@@ -147,14 +147,15 @@ class _Returning:
         # Averaging would begin with tenfold levels, from which nothing is accepted.
         self.adapt.centre = self.adapt.log_step.clone()
         self.tally = torch.zeros(2, dtype=torch.float64, device=problem.device)
+        self.gone = torch.zeros(chains, dtype=torch.bool, device=problem.device)
 
     def begin(self) -> None:
         """Draws of the prior."""
         prior = self.problem.prior
         noise = self.problem.noise(self.chains, self.generator)
-        self.x = self.reverse(prior.start(noise, prior.sigma_max), prior.sigma_max, self.generator)
-        if not bool(self.x.isfinite().all()):
-            self.monitor.check_finite("x", self.x, "the first draw of the prior")
+        x = self.reverse(prior.start(noise, prior.sigma_max), prior.sigma_max, self.generator)
+        self.gone = ~x.flatten(1).isfinite().all(1)
+        self.x = torch.where(self.gone.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
         self.value_of_x = self._log_likelihood(self.x)
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
@@ -207,18 +208,18 @@ class _Returning:
         return x
 
     def lost(self) -> Tensor:
-        """None: what is not finite is refused."""
-        return torch.zeros(self.chains, dtype=torch.bool, device=self.problem.device)
+        """Chains whose first draw of the prior was not finite; later on, such values are refused."""
+        return self.gone
 
     def state(self) -> dict[str, Tensor]:
         """All that the next move needs."""
         adapt = {f"adapt.{n}": getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
         adapt["adapt.count"] = torch.tensor(self.adapt.count)
-        return {"x": self.x, "value": self.value_of_x, "tally": self.tally, **adapt}
+        return {"x": self.x, "value": self.value_of_x, "tally": self.tally, "gone": self.gone, **adapt}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from `state()`."""
-        self.x, self.value_of_x, self.tally = state["x"], state["value"], state["tally"]
+        self.x, self.value_of_x, self.tally, self.gone = (state[n] for n in ("x", "value", "tally", "gone"))
         parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
         self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
 
