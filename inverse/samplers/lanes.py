@@ -239,11 +239,15 @@ def _run_group(
 @contextmanager
 def _unchecked(prior: Any) -> Iterator[None]:
     """Let the prior take values that are not finite: a lane may diverge inside a step, and is found at its end."""
-    before, prior._validate_args = prior._validate_args, False
+    parts = [prior, *getattr(prior, "priors", ())]  # of a joint prior, its members
+    before = [part._validate_args for part in parts]
+    for part in parts:
+        part._validate_args = False
     try:
         yield
     finally:
-        prior._validate_args = before
+        for part, value in zip(parts, before, strict=True):
+            part._validate_args = value
 
 
 def _bound(prior: Any) -> float:

@@ -124,6 +124,27 @@ def test_too_few_left_is_an_error_with_the_step() -> None:
         ppl.infer(program(), PiGDM(steps=8), draws=1, chains=5, seed=seed)
 
 
+def test_two_sites() -> None:
+    """One site of two runs into its hole within a step of several denoiser calls."""
+    holes = [Hole(0.5, 0.5), Hole(float("inf"), 0.5)]
+    first, second = (
+        DiffusionPrior(hole, (4,), sigma_max=10.0, sigma_min=0.05, data_std=1.0, dtype=F64) for hole in holes
+    )
+
+    def model(y: Tensor) -> None:
+        x, z = pyro.sample("x", first), pyro.sample("z", second)
+        pyro.sample("y", dist.Normal(x + z, 1.0).to_event(1), obs=y)
+
+    made = Program(model, torch.full((4,), -3.0, dtype=F64))
+    holes[0].open = True
+    found = ppl.infer(made, DAPS(steps=6), draws=40)
+    kept = found["x"].shape[1]
+    assert 0 < kept < 40
+    assert found["z"].shape[1] == kept
+    assert first._validate_args is not False
+    assert f"{40 - kept} of 40 draws diverged" in found.attrs["notes"][0]
+
+
 def test_guidance_that_overflows_is_left_out() -> None:
     """The likelihood itself is not a number on part of the line: x_0 > 2 is outside its domain."""
     prior = gaussian()
