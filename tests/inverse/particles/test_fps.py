@@ -30,7 +30,11 @@ from sde import GaussianMixture
 from sde.solvers import DDIM, Ancestral
 
 TALL = torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.8, -0.4], [0.5, 0.1, 0.9], [1.0, 1.0, 0.0]], dtype=F64)
-CASES = {"wide": (TALL[:2], torch.tensor([1.5, -0.5], dtype=F64)), "tall": (TALL, torch.tensor([1.0, 0.2, -0.4, 0.7]))}
+UNSEEN = torch.linalg.svd(TALL)[0][:, 3]  # what no x explains
+CASES = {
+    "wide": (TALL[:2], torch.tensor([1.5, -0.5], dtype=F64)),
+    "tall": (TALL, TALL @ torch.tensor([1.0, -0.5, 0.2], dtype=F64) + 0.6 * UNSEEN),
+}
 
 
 @pytest.mark.parametrize("slack", [0.5, 2.0])
@@ -41,7 +45,7 @@ def test_few_levels_are_exact_for_the_discretised_program(case: str, slack: floa
     More data than unknowns leave a part of them that no x explains, which is in the evidence alone.
     """
     matrix, y = CASES[case]
-    y, sigma, prior = y.to(F64), 0.3, hidden(gaussian_prior(), sigma_min=0.1)
+    sigma, prior = 0.3, hidden(gaussian_prior(), sigma_min=0.1)
     program = program_of(prior, matrix, sigma, y)
     backend = FPSSMC(steps=8, particles=8000, runs=2, solver=Ancestral(), slack=slack)
     sigmas = backend.levels(DiffusionProblem.of(program))
