@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from inverse.variational.amortised_flow import push_forward
+from inverse.variational.amortised_flow import heavy_noise, push_forward
 from inverse.variational.amortised_pairs import Pairs, data_of, givens
 from inverse.variational.amortised_result import result, singles_of
 from inverse.variational.amortised_training import Scales, build_network, judge
@@ -148,8 +148,7 @@ class FittedDenoiser:
             for block in blocks:
                 own = torch.Generator(generator.device).manual_seed(seeds[block])
                 y = data.repeat_interleave(sizes[block], 0)
-                noise = torch.randn(len(y), dim, generator=own, dtype=dtype, device=generator.device)
-                u, log_q = self._block(network, noise, y, sigmas, own, monitor)
+                u, log_q = self._block(network, y, sigmas, own, monitor)
                 monitor.check_finite("draws of the denoiser", u, "the end of the sampler")
                 z = self.scales.z_mean + self.scales.z_sd * u
                 lead = (len(singles), sizes[block])
@@ -160,11 +159,11 @@ class FittedDenoiser:
         return z, torch.cat([p[1] for p in parts if p[1] is not None], 1) if options.correct else None
 
     def _block(
-        self, network: nn.Module, noise: Tensor, y: Tensor, sigmas: Tensor, generator: torch.Generator, monitor: Monitor
+        self, network: nn.Module, y: Tensor, sigmas: Tensor, generator: torch.Generator, monitor: Monitor
     ) -> tuple[Tensor, Tensor | None]:
-        """Standardised draws (rows, dim) from noise, and their log density."""
+        """Standardised draws (rows, dim), one for each row of data, and their log density."""
         options, denoiser = self.options, EDMDenoiser(network, 1.0)
-        chunk = options.chunk or len(noise)
+        rows, dim, chunk = len(y), len(self.scales.z_mean), options.chunk or len(y)
 
         def denoise(x: Tensor, sigma: Tensor, y: Tensor = y) -> Tensor:
             calls = -(-len(x) // chunk)
@@ -173,11 +172,13 @@ class FittedDenoiser:
 
         if not options.correct:
             first = sigmas[0]
+            noise = torch.randn(rows, dim, generator=generator, dtype=y.dtype, device=generator.device)
             x = denoise(torch.zeros_like(noise), first) + first.to(noise) * noise
             return sample(options.solver, denoise, x, sigmas, generator), None
+        noise, log_noise = heavy_noise(rows, dim, generator, y.dtype)
         parts = [
-            push_forward(partial(denoise, y=b), a, sigmas)
-            for a, b in zip(noise.split(chunk), y.split(chunk), strict=True)
+            push_forward(partial(denoise, y=c), a, b, sigmas)
+            for a, b, c in zip(*(v.split(chunk) for v in (noise, log_noise, y)), strict=True)
         ]
         monitor.cost.add(vjps=noise.numel() * 2 * (len(sigmas) - 1))
         folded = sum(p[2] for p in parts)

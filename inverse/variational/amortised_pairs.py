@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,9 @@ class Pairs:
     def _rows(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         program = self.program
         own: dict[str, Any] = {"dtype": program.dtype, "device": program.device}
-        with seeded(generator), torch.no_grad():
+        with seeded(generator), torch.no_grad(), warnings.catch_warnings():
+            # Where vmap has no rule of its own it loops over the lanes, which is still faster than Pyro does.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             given: dict[str, Tensor] = {}
             noise: dict[str, Tensor] = {}
             for name, site in program.latents.items():
@@ -162,6 +165,8 @@ class _OwnMemory(TorchFunctionMode):
         self.lane = lane
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.clamp_:  # vmap has a rule for the other form alone; Gamma draws use this one
+            return args[0].copy_(torch.clamp(*args, **(kwargs or {})))
         out = func(*args, **(kwargs or {}))
         if func in FACTORIES and isinstance(out, Tensor) and out.is_floating_point():
             return out + self.lane.to(out.dtype)
