@@ -47,6 +47,7 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 # Claims that depend on what an instance is made of; the class alone promises nothing.
 INSTANCES: dict[str, tuple[Any, str]] = {
+    "AmortisedDenoiser with weights": (inverse.AmortisedDenoiser(correct=True), "in_the_limit"),
     "Gibbs of invariant kernels": (ppl.Gibbs({("x",): ppl.SliceKernel()}), "in_the_limit"),
     "NoiseSpace of chains": (ppl.NoiseSpace(ppl.HMC()), "in_the_limit"),
     "NoiseSpace of a fit": (ppl.NoiseSpace(ppl.SVI()), "never"),

@@ -42,6 +42,7 @@ def plain() -> ppl.Program:
 
 # Name -> (backend, program).
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
+    "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
     "DPS": (lambda: inverse.DPS(steps=10), linear),
     "EllipticalSlice": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
     "Gibbs": (lambda: ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
