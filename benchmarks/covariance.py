@@ -4,7 +4,7 @@
 counts one, and a row differentiated (a vjp or a jvp) counts one. Particles are what the budget leaves at that number of
 levels. Each problem is solved by all methods, in `RUNS` runs: root ESS per run, spread of the log evidence between
 runs, the share of 20 random projections of the hidden pixels inside their 90 % interval, and CRPS per hidden pixel.
-Results are stored one problem at a time; a run that was killed goes on where it stopped.
+Results are stored one run at a time; a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ METHODS = (
     Method("moment matching, 12 levels", 12, 0, True, inverse.MomentMatchingGuide()),
     Method("closure, 25 levels", 25, 2, True, inverse.MomentClosure(2)),
     Method("closure, 12 levels", 12, 2, True, inverse.MomentClosure(2)),
+    Method("closure, 8 levels", 8, 2, True, inverse.MomentClosure(2)),
     Method("PiGDM, 25 levels", 25, 1, False, inverse.PiGDMGuide()),
     Method("PiGDM, 12 levels", 12, 1, False, inverse.PiGDMGuide()),
 )
@@ -67,8 +69,8 @@ TASKS = {
 }
 
 
-def solve(task: str, index: int, methods: list[Method]) -> list[dict[str, Any]]:
-    """One problem by these methods; its truth is drawn from the prior, in finer steps than any method takes."""
+def solve(task: str, index: int, wanted: list[tuple[Method, int]]) -> Iterator[dict[str, Any]]:
+    """One problem by these methods and runs; its truth is drawn from the prior, in finer steps than theirs."""
     name, count, sigma, budget = TASKS[task]
     prior = models.load(name, steps=TRUTH_STEPS)
     generator = torch.Generator().manual_seed(index)
@@ -86,31 +88,26 @@ def solve(task: str, index: int, methods: list[Method]) -> list[dict[str, Any]]:
     program = ppl.Program(model, y)
     directions = torch.randn(int((~seen).sum()), PROJECTIONS, generator=generator, dtype=torch.float64)
     hidden = truth.reshape(-1)[~seen].double()
-    rows = []
-    for method in methods:
+    for method, run in wanted:
+        start = time.process_time()
         backend = method.backend(count, budget)
-        for run in range(RUNS):
-            start = time.process_time()
-            posterior = ppl.infer(program, backend, draws=DRAWS, seed=1_000_000 + 100 * index + run)
-            x = posterior.flatten("x").reshape(DRAWS, -1)[:, ~seen].double()
-            assert posterior.log_evidence is not None
-            rows.append(
-                {
-                    "task": task,
-                    "index": index,
-                    "method": method.name,
-                    "settings": settings(),
-                    "run": run,
-                    "particles": method.particles(count, budget),
-                    "evaluations": posterior.cost.denoiser_evals + posterior.cost.vjps,
-                    "root_ess": float(posterior.info["root_ess"].sum()),
-                    "log_evidence": float(posterior.log_evidence.value),
-                    "ranks": ranks(x @ directions, hidden @ directions, generator=generator).tolist(),
-                    "crps": float(crps(x, hidden).mean()),
-                    "seconds": time.process_time() - start,
-                }
-            )
-    return rows
+        posterior = ppl.infer(program, backend, draws=DRAWS, seed=1_000_000 + 100 * index + run)
+        x = posterior.flatten("x").reshape(DRAWS, -1)[:, ~seen].double()
+        assert posterior.log_evidence is not None
+        yield {
+            "task": task,
+            "index": index,
+            "method": method.name,
+            "settings": settings(),
+            "run": run,
+            "particles": method.particles(count, budget),
+            "evaluations": posterior.cost.denoiser_evals + posterior.cost.vjps,
+            "root_ess": float(posterior.info["root_ess"].sum()),
+            "log_evidence": float(posterior.log_evidence.value),
+            "ranks": ranks(x @ directions, hidden @ directions, generator=generator).tolist(),
+            "crps": float(crps(x, hidden).mean()),
+            "seconds": time.process_time() - start,
+        }
 
 
 def settings() -> str:
@@ -157,11 +154,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/covariance.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = {(row["task"], row["index"], row["method"]) for row in results.read(options.results, settings())}
+    done = {(row["task"], row["index"], row["method"], row["run"]) for row in results.read(options.results, settings())}
+    chosen = [method for method in METHODS if method.name in options.methods]
     for index in range(options.problems):
         for task in options.tasks:
-            left = [m for m in METHODS if m.name in options.methods and (task, index, m.name) not in done]
-            for row in solve(task, index, left) if left else []:
+            wanted = [(m, run) for m in chosen for run in range(RUNS) if (task, index, m.name, run) not in done]
+            for row in solve(task, index, wanted) if wanted else ():
                 results.append(options.results, row)
             print(f"{task}, problem {index}", flush=True)
     show(options.results)
