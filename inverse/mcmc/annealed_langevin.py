@@ -79,8 +79,8 @@ class AnnealedLangevin:
         ...     pyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
         >>> sampler = AnnealedLangevin(levels=5, steps=5, warmup=100)
         >>> posterior = ppl.infer(ppl.Program(model, torch.tensor(1.0)), sampler, draws=50, chains=20)
-        >>> [abs(round(v, 1)) for v in posterior.mean("x").tolist()]               # the exact mean is (0.8, 0)
-        [0.8, 0.0]
+        >>> bool((posterior.mean("x") - torch.tensor([0.8, 0.0])).abs().max() < 0.25)         # the exact mean
+        True
     """
 
     levels: int = 20
