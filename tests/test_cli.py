@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -30,6 +33,12 @@ def normal(y):
 
 def program(at=2.0):
     return Program(normal, torch.tensor(at))
+
+def loud(at=2.0):
+    def louder(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 3.0), obs=y)
+    return Program(louder, torch.tensor(at))
 
 def pair():
     return normal, torch.tensor(2.0)
@@ -119,7 +128,7 @@ def test_compare_writes_page_and_posteriors(here, capsys):
         (["infer", "my_programs:program", "--backend", "ppl.SVI", "--option", "steps=-1"], "steps"),
         (["infer", "my_programs:program", "--backend", "ppl.MeanField()"], "is no backend"),
         (["infer", "my_programs:program", "--backend", "__import__('os').getcwd()"], "__import__"),
-        (["infer", "my_programs:nothing", "--backend", "ppl.SVI"], "it has normal, other, pair, program"),
+        (["infer", "my_programs:nothing", "--backend", "ppl.SVI"], "it has loud, normal, other, pair, program"),
         (["infer", "my_programs:other", "--backend", "ppl.SVI"], "must return a ppl.Program"),
         (["infer", "my_programs:program", "--set", "of=1", "--backend", "ppl.SVI"], "cannot be called"),
         (["infer", "my_programz:program", "--backend", "ppl.SVI"], "no module 'my_programz'"),
@@ -128,6 +137,12 @@ def test_compare_writes_page_and_posteriors(here, capsys):
         (["compare", "my_programs:program", "--backends", "a: ppl.SVI", "a: ppl.NUTS"], "two backends are called"),
         (["priors", "digits9x9"], "no prior called 'digits9x9'"),
         (["train", "digits", "--steps", "0"], "steps must be one or more"),
+        (["train"], "--program module:function"),
+        (["train", "digits", "--program", "my_programs:program"], "not both"),
+        (["train", "digits", "--option", "width=8"], "belong to --program"),
+        (["train", "--program", "my_programs:program", "--option", "widht=8"], "did you mean width"),
+        (["train", "--program", "my_programs:program", "--start", "none.safetensors"], "no file none.safetensors"),
+        (["infer", "my_programs:program", "--backend", "none.safetensors"], "no file none.safetensors"),
     ],
 )
 def test_errors_are_one_line_and_code_two(arguments, says, here, capsys):
@@ -159,6 +174,73 @@ def test_train_writes_a_prior_that_loads(tmp_path, capsys):
 
     assert run("train", "digits", "--steps", "2", "--out", str(tmp_path)) == 0
     assert models.load("digits8x8", folder=tmp_path).event_shape == (1, 8, 8)
+
+
+def test_train_a_program_and_infer_with_the_file(here, capsys):
+    options = ["--option", "width=16", "--option", "depth=1", "--option", "lr=0.01"]
+    assert run("train", "--program", "my_programs:program", "--out", "a.safetensors", "--steps", "200", *options) == 0
+    assert "wrote a.safetensors" in capsys.readouterr().out
+    assert not (here / "a.checkpoint").exists()
+    for at, backend in (("-3.0", "a.safetensors"), ("3.0", "inverse.AmortisedDenoiser(file='a.safetensors')")):
+        code = run(
+            "infer", "my_programs:program", "--set", f"at={at}", "--backend", backend, "--option", "correct=True",
+            "--draws", "400", "--out", "posterior.nc",
+        )  # fmt: skip
+        assert code == 0
+        posterior = ppl.Posterior.load("posterior.nc")
+        assert posterior.attrs["exact"] == "in_the_limit"
+        assert float(posterior.mean("x")) == pytest.approx(float(at) / 2, abs=0.3)  # sd 0.7, error 0.04
+    assert run("infer", "my_programs:loud", "--backend", "a.safetensors", "--draws", "5") == 2
+    assert "another program" in capsys.readouterr().err
+    again = ["--start", "a.safetensors", "--steps", "20", "--out", "b.safetensors"]
+    assert run("train", "--program", "my_programs:program", *again) == 0
+    loaded = inverse.FittedDenoiser.load("b.safetensors", ppl.Program(_normal, torch.tensor(0.0)))
+    assert len(loaded.history) == 220
+
+
+def _normal(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def test_stopped_training_of_a_program_goes_on(here, capsys, monkeypatch):
+    """Ctrl-C in the middle: a file, code 130, and the same weights as an untouched run when it goes on."""
+    from inverse.variational.amortised_training import Training
+
+    command = [
+        "train",
+        "--program",
+        "my_programs:program",
+        "--steps",
+        "30",
+        "--option",
+        "width=8",
+        "--option",
+        "batch=8",
+    ]
+    assert run(*command, "--out", "whole.safetensors") == 0
+    advance, calls = Training.advance, []
+
+    def strike(self):
+        calls.append(1)
+        if len(calls) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored in the background
+    try:
+        monkeypatch.setattr(Training, "advance", strike)
+        assert run(*command, "--out", "a.safetensors") == 130
+        assert (here / "a.safetensors").exists()
+        assert run(*command, "--out", "a.safetensors") == 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert len(calls) == 30
+    whole, parts = (
+        inverse.FittedDenoiser.load(f"{n}.safetensors", ppl.Program(_normal, torch.tensor(0.0))) for n in ("whole", "a")
+    )
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(parts.network.state_dict()[name], value)
 
 
 # -- backends as text

@@ -14,7 +14,7 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 
 def test_there_are_examples():
-    assert {p.stem for p in EXAMPLES} >= {"inpainting", "unknown_noise", "eight_schools", "latent_prior"}
+    assert {p.stem for p in EXAMPLES} >= {"amortised", "inpainting", "unknown_noise", "eight_schools", "latent_prior"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
