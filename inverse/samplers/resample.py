@@ -109,10 +109,8 @@ class ReSample(TrajectorySampler):
 
     def consistent_steps(self) -> tuple[int, ...]:
         """The steps at which the data are fitted; the last is always one."""
-        left = range(self.steps - 1, -1, -1)
-        return tuple(
-            s for s in reversed(left) if s == self.steps - 1 or (s >= self.skip * self.steps and s % self.every == 0)
-        )
+        first, last = self.skip * self.steps, self.steps - 1
+        return tuple(s for s in range(self.steps) if s == last or (s >= first and s % self.every == 0))
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Resampled:
         """The steps that lanes take on a problem."""
