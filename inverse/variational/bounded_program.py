@@ -90,11 +90,12 @@ class BoundedProgram(Program):
         for name in sites:
             prior = unwrap(program.sites[name].distribution)
             given = sigma_min[name] if isinstance(sigma_min, Mapping) else sigma_min
-            low = _lowest(program, name) if given is None else given
+            floor = _lowest(program, name)
+            low = floor if given is None else given
             if not low < prior.sigma_max:
                 raise OptionError(f"sigma_min={low:.4g} is not below the prior's sigma_max={prior.sigma_max:.4g}")
             with _counting([prior], Cost() if cost is None else cost):
-                new.densities[name] = PriorDensity(prior, program.sites[name].shape, bound, low, levels, check)
+                new.densities[name] = PriorDensity(prior, program.sites[name].shape, bound, low, levels, check, floor)
         return new
 
     def at_level(self, level: float) -> BoundedProgram:

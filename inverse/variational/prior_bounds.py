@@ -36,6 +36,7 @@ class PriorDensity:
         low: lowest level of the integral, and of the score, whose target is the prior blurred by it.
         levels: noise levels per draw and gradient, two evaluations each, for "immse".
         check: noise levels per draw of `value`, where the prior has no density in closed form.
+        floor: lowest level of `value`, that of the prior itself; None takes `low`.
 
     Example:
         >>> from sde import GaussianMixture
@@ -53,6 +54,7 @@ class PriorDensity:
     low: float
     levels: int = 4
     check: int = 16
+    floor: float | None = None
     center: Tensor = field(init=False, repr=False)
     spread: Tensor = field(init=False, repr=False)
     level: float = field(init=False, repr=False)
@@ -88,7 +90,7 @@ class PriorDensity:
             exact = self._exact(x, 0.0)
             return exact if bool(exact.isfinite().all()) else self._exact(x, self.low)  # a degenerate prior has none
         seed = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes())
-        return self.immse(x, self.check, torch.Generator(x.device).manual_seed(seed))
+        return self.immse(x, self.check, torch.Generator(x.device).manual_seed(seed), self.floor)
 
     def surrogate(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(lanes,) an estimate of the log density whose gradient in x is that of the bound."""
@@ -108,7 +110,7 @@ class PriorDensity:
                 value = self.immse(some, 1, generator).mean().expand(len(x))
         return value + ((x - fixed) * score).flatten(1).sum(1)
 
-    def immse(self, x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    def immse(self, x: Tensor, levels: int, generator: torch.Generator, low: float | None = None) -> Tensor:
         r"""(lanes,) unbiased estimates of the bound, differentiable, by one denoiser call for all levels.
 
         Levels are stratified with density proportional to 1 / (1 + s^2 / v) in log s, v = data_std^2, in which the
@@ -118,9 +120,10 @@ class PriorDensity:
             x: (lanes, *shape).
             levels: per lane, two evaluations each.
             generator: source of levels and noise.
+            low: lowest level; None takes that of the fit.
         """
         lanes, device, v = len(x), generator.device, self.scale**2
-        ends = [math.log(s**2 / (s**2 + v)) for s in (self.low, self.prior.sigma_max)]
+        ends = [math.log(s**2 / (s**2 + v)) for s in (low or self.low, self.prior.sigma_max)]
         shift = torch.rand((), generator=generator, dtype=torch.float64, device=device)
         place = torch.arange(lanes, dtype=torch.float64, device=device) / lanes + shift
         stratum = torch.arange(levels, dtype=torch.float64, device=device)[:, None]

@@ -93,7 +93,7 @@ class FittedScorePrior(FittedGuide):
             if not density.is_exact:
                 x = posterior.draws[name].flatten(0, 1)[:NOISE_DRAWS]
                 with torch.no_grad():
-                    first, second = (density.immse(x, density.check, generator) for _ in range(2))
+                    first, second = (density.immse(x, density.check, generator, density.floor) for _ in range(2))
                 total = total + 0.5 * (first - second).double().square().mean().cpu()
         return total.sqrt()
 
