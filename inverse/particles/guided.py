@@ -55,6 +55,9 @@ class Led:
 class GuidedKernel:
     """Moves a population by a guided solver step.
 
+    The target has the prior's start at the first level, and x_0 = D(x) at the last; after `at` and `start` the first
+    step of a solver with history is of first order.
+
     Args:
         problem: prior and likelihood.
         sigmas: (levels + 1,) noise levels, the last exactly zero.

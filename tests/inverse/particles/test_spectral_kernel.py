@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,7 +78,9 @@ def test_a_retained_path_is_followed_and_weighed(backend: Any) -> None:
     with torch.no_grad():
         one = kernel.move(population, 2, torch.Generator().manual_seed(1), there)
         other = kernel.move(population, 2, torch.Generator().manual_seed(2), there)
+        plain = kernel.move(population, 2, torch.Generator().manual_seed(1))
     assert torch.equal(one[0].x[:2], there)
+    assert torch.equal(one[0].x[2:], plain[0].x[2:])
     if not isinstance(backend, FPSSMC):  # whose copy of the data is drawn with the step
         torch.testing.assert_close(one[1][:2], other[1][:2])
     assert not torch.equal(one[0].x[2:], other[0].x[2:])
@@ -99,8 +102,6 @@ def test_float32_stays_float32_and_calls_are_counted(backend: Any) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=IDS)
 def test_chunks_change_nothing(backend: Any) -> None:
-    from dataclasses import replace
-
     whole = ppl.infer(program(), backend, draws=12, seed=0)
     parts = ppl.infer(program(), replace(backend, chunk=5), draws=12, seed=0)
     torch.testing.assert_close(parts["x"], whole["x"], rtol=0, atol=1e-10)
