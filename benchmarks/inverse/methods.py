@@ -27,12 +27,14 @@ class Method:
         name: in that package.
         sample: (task, draws, **setting) -> (draws, d) in the task's units; draws from the global generator.
         settings: label -> options; the first are the package's defaults.
+        close: whether it comes close enough to the floor for its setting to be chosen on more problems.
     """
 
     package: str
     name: str
     sample: Sample
     settings: Mapping[str, Mapping[str, Any]]
+    close: bool = False
 
     @property
     def default(self) -> str:

@@ -116,11 +116,14 @@ def tds(task: Task, draws: int, steps: int = 64, schedule: str = "vp", spread: s
     return _draw(TDSSampler(_denoiser(task, schedule), twist, **_options(steps)), task, draws)
 
 
+CLOSE = ("MMPS", "DPS", "TDS")
+
+
 def methods() -> list[Method]:
     """All of them, with the settings to choose from."""
 
     def method(name: str, sample: Any, settings: Mapping[str, Mapping[str, Any]]) -> Method:
-        return Method("azula", name, sample, settings)
+        return Method("azula", name, sample, settings, close=name in CLOSE)
 
     longer = {"ve, 250 steps": {"steps": 250, "schedule": "ve"}}
     solve = {"solver": "cg", "iterations": 5}

@@ -143,11 +143,14 @@ def diffpir(task: Task, draws: int, **options: Any) -> Tensor:
     return _to_task(model(y, physics))
 
 
+CLOSE = ("PosteriorDiffusion, MomentMatching", "DPS")
+
+
 def methods() -> list[Method]:
     """All of them, with the settings to choose from."""
 
     def method(name: str, sample: Any, settings: Mapping[str, Mapping[str, Any]]) -> Method:
-        return Method("deepinv", name, sample, settings)
+        return Method("deepinv", name, sample, settings, close=name in CLOSE)
 
     norm = {f"weight={w:g}, 250 steps": {"weight": w, "num_steps": 250} for w in (10.0, 100.0, 300.0)}
     annealed = {

@@ -28,6 +28,7 @@ class Cell:
         best: of them, those that peers at their best setting and our other backends are scored on.
         defaults: of them, those that peers at their defaults are scored on.
         tuning: problems to choose settings on, seeds from TUNING_SEED.
+        closer: more of them, for methods that come close to the floor somewhere.
     """
 
     dim: int
@@ -37,6 +38,7 @@ class Cell:
     best: int = 10
     defaults: int = 10
     tuning: int = 2
+    closer: int = 0
 
     @property
     def name(self) -> str:
@@ -49,16 +51,16 @@ class Cell:
             return gaussian_problem(self.sigma, seed, dim=self.dim, observations=self.observations)
         return mixture_problem(self.dim, self.observations, seed)
 
-    def tuning_seeds(self) -> range:
-        return range(TUNING_SEED, TUNING_SEED + self.tuning)
+    def tuning_seeds(self, *, close: bool = False) -> range:
+        return range(TUNING_SEED, TUNING_SEED + self.tuning + (self.closer if close else 0))
 
 
 CELLS = [
     Cell(16, 6, 0.05),
     Cell(16, 6, 0.01),
-    *(Cell(8, m) for m in (1, 2, 4)),
-    *(Cell(80, m, defaults=5) for m in (1, 2, 4)),
-    *(Cell(800, m, best=3, defaults=2, tuning=1) for m in (1, 2, 4)),
+    *(Cell(8, m, closer=4) for m in (1, 2, 4)),
+    *(Cell(80, m, defaults=5, closer=4) for m in (1, 2, 4)),
+    *(Cell(800, m, problems=6, best=2, defaults=1, tuning=1) for m in (1, 2, 4)),  # minutes per run
 ]
 
 

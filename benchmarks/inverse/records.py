@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,22 +57,15 @@ class Records:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def of(self, phase: str, cell: str, package: str, method: str, setting: str, draws: int) -> list[Score]:
-        """Scores of one row of the table, by problem."""
-        found = self.by_seed(phase, cell, package, method, setting, draws)
-        return [found[seed] for seed in sorted(found)]
-
     def by_seed(self, phase: str, cell: str, package: str, method: str, setting: str, draws: int) -> dict[int, Score]:
-        """Problem seed -> score."""
-        return dict(self._rows(phase, cell, package, method, setting, draws))
-
-    def _rows(
-        self, phase: str, cell: str, package: str, method: str, setting: str, draws: int
-    ) -> Iterator[tuple[int, Score]]:
+        """Problem seed -> score, in order."""
         want = (phase, cell, package, method, setting, draws)
-        for key, score in self.scores.items():
-            if (key.phase, key.cell, key.package, key.method, key.setting, key.draws) == want:
-                yield key.seed, score
+        found = {
+            key.seed: score
+            for key, score in self.scores.items()
+            if (key.phase, key.cell, key.package, key.method, key.setting, key.draws) == want
+        }
+        return dict(sorted(found.items()))
 
 
 def _number(value: float | str | None) -> float:

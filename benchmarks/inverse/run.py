@@ -67,20 +67,25 @@ class Runner:
 
     def tune(self, cell: Cell, peers: Sequence[Method]) -> None:
         """Every setting of every peer on the problems set apart."""
-        for seed in cell.tuning_seeds():
+        for seed in cell.tuning_seeds(close=True):
             for method in peers:
+                if seed not in cell.tuning_seeds(close=method.close):
+                    continue
                 for setting in method.settings:
                     self.one("tune", cell, method, setting, seed)
 
     def best(self, cell: Cell, method: Method) -> str | None:
         """Label of the setting with the least mean distance on the tuning problems; None until all were tried."""
-        means = {}
-        for setting in method.settings:
-            scores = self.records.of("tune", cell.name, method.package, method.name, setting, self.tuning_draws)
-            if len(scores) < cell.tuning:
-                return None
-            means[setting] = statistics.fmean(s.ratio for s in scores)
-        return min(means, key=lambda setting: means[setting])
+        found = {
+            setting: self.records.by_seed(
+                "tune", cell.name, method.package, method.name, setting, self.tuning_draws
+            )
+            for setting in method.settings
+        }  # fmt: skip
+        common = set.intersection(*(set(scores) for scores in found.values()))
+        if len(common) < cell.tuning:
+            return None
+        return min(found, key=lambda setting: statistics.fmean(found[setting][seed].ratio for seed in common))
 
     def peers(self, cell: Cell, peers: Sequence[Method]) -> None:
         """Peers at their best, then at their defaults, problem by problem so that a stop leaves all with the same."""
@@ -90,7 +95,7 @@ class Runner:
                 if setting is not None:
                     self.one("score", cell, method, setting, seed)
         for method in sorted(peers, key=lambda m: m.name == SLOW):
-            for seed in range(_at_most(cell.defaults, method)):
+            for seed in range(_at_most(cell.best if method.close else cell.defaults, method)):
                 self.one("score", cell, method, method.default, seed)
 
 

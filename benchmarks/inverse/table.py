@@ -80,6 +80,22 @@ def _short(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
 
 
+def matrix(found: dict[Cell, list[Row]]) -> list[str]:
+    """SW / floor of every method in every cell; peers at default / at best."""
+    cells = list(found)
+    lines = ["| method | " + " | ".join(cell.name for cell in cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    labels = dict.fromkeys(row.label for table in found.values() for row in table)
+    for label in labels:
+        entries = []
+        for cell in cells:
+            lined = [row for row in found[cell] if row.label == label]
+            default = next((_short(row.ratio) for row in lined if row.setting.startswith("default")), "-")
+            best = next((_short(row.ratio) for row in lined if "best" in row.setting), None)
+            entries.append(default if best is None else f"{default} / {best}")
+        lines.append(f"| {label} | {' | '.join(entries)} |")
+    return lines
+
+
 def show(runner: Runner, cells: Sequence[Cell], ours: Sequence[Ours], peers: Sequence[Method]) -> None:
     """Print a table per cell, then the goals."""
     found = {cell: rows(runner, cell, ours, peers) for cell in cells}
@@ -87,6 +103,8 @@ def show(runner: Runner, cells: Sequence[Cell], ours: Sequence[Ours], peers: Seq
         print(f"\n{cell.name}\n\n{HEAD}")
         for row in lines:
             print(_line(row))
+    print("\nSW / floor by cell; peers at default / at the setting chosen on other problems\n")
+    print("\n".join(matrix(found)))
     for error in sorted({f"{k.package} {k.method} ({k.setting}): {v}" for k, v in runner.records.errors.items()}):
         print(f"failed: {error}")
     print("\nGoals\n")
@@ -108,19 +126,26 @@ def verdicts(found: dict[Cell, list[Row]]) -> list[str]:
                 lines.append(_verdict(f"{cell.name}: {FIFTY}", fifty.ratio, FIFTY_GOAL))
         if cell.dim == 800:
             lines.append(_verdict(f"{cell.name}: {RECOMMENDED}", merged.ratio, WIDE_GOAL))
-        chosen = [r for r in table if r.package != "pilotlight" and "best" in r.setting]
-        if chosen:
-            peer = min(chosen, key=lambda r: r.ratio)
-            common = sorted(set(peer.scores) & set(merged.scores))
-            factor = peer.over(common) / merged.over(common)
+        others = [
+            (_factor(r, merged), r) for r in table if r.package != "pilotlight" and set(r.scores) & set(merged.scores)
+        ]
+        if others:
+            factor, peer = min(others, key=lambda pair: pair[0])
+            common = set(peer.scores) & set(merged.scores)
             line = (
-                f"{cell.name}: best peer {peer.label} ({peer.setting}) {peer.over(common):.2f} "
-                f"against {merged.over(common):.2f}, {factor:.1f} times"
+                f"{cell.name}: closest peer {peer.label} ({peer.setting}) {peer.over(common):.2f} "
+                f"against {merged.over(common):.2f} on {len(common)} problems, {factor:.1f} times"
             )
             if cell.dim == 80:
                 line += f" (goal {PEER_FACTOR:g}): {'met' if factor >= PEER_FACTOR else 'NOT met'}"
             lines.append(line)
     return lines
+
+
+def _factor(peer: Row, ours: Row) -> float:
+    """How many times farther from the exact posterior, on the problems that both were run on."""
+    common = set(peer.scores) & set(ours.scores)
+    return peer.over(common) / ours.over(common)
 
 
 def _verdict(name: str, value: float, goal: float) -> str:
