@@ -198,7 +198,7 @@ class AmortisedDenoiser:
         program = program if program.problems is None else program.problem(0)
         generator = generator or torch.Generator(program.device).manual_seed(seed)
         monitor = monitor or Monitor(generator=generator)
-        pairs = Pairs(program)
+        pairs = Pairs(program, monitor.cost)
         begun = None
         if start is not None:
             same = (start.options.width, start.options.depth) == (self.width, self.depth)

@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
+from ppl.cost import Cost, DenoiserCounter
 from ppl.errors import NotFiniteError, ProgramError
 from ppl.flat import FlatDensity
 from ppl.program import Program
@@ -47,11 +50,12 @@ FACTORIES = {
 class Pairs:
     """Simulates a program many times at once.
 
-    The model runs once under vmap, with other random numbers in every lane; one that cannot (data-dependent loops, Beta
-    and Dirichlet draws) runs row by row, a thousand times slower.
+    The model runs once under vmap, with other random numbers in every lane; one that cannot (data-dependent loops, LKJ
+    and von Mises draws) runs row by row, which is slow.
 
     Args:
         program: one problem; its latents continuous, its priors proper.
+        cost: what the denoiser calls of diffusion priors are added to.
 
     Raises:
         ProgramError: a latent is discrete, a prior improper, a plate subsampled, or the model scaled or given a factor:
@@ -67,9 +71,9 @@ class Pairs:
         (torch.Size([100, 1]), torch.Size([100, 2]))
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, cost: Cost | None = None) -> None:
         self.mask = _check(program)  # (data_dim,) which data are seen
-        self.program = program
+        self.program, self.cost = program, Cost() if cost is None else cost
         self.layout = FlatDensity(program, coordinates=True).layout
         self.latent_shapes = {n: tuple(leaf.shape) for n, leaf in self.layout.leaves.items()}
         self.data_shapes = {n: tuple(s.shape) for n, s in program.observed.items()}
@@ -129,7 +133,8 @@ class Pairs:
                     if site.static:
                         given[name] = unwrap(site.distribution).from_noise(noise[name])
                 elif site.static and "denoiser" in site.capabilities:  # one run of the sampler for all rows
-                    given[name] = site.distribution.sample((rows,))
+                    with _counted(unwrap(site.distribution), self.cost):
+                        given[name] = site.distribution.sample((rows,))
             lane = torch.zeros(rows, **own)
             if self.batched:
                 one = torch.func.vmap(self._one, randomness="different")
@@ -146,7 +151,7 @@ class Pairs:
         """Latents and data of one run of the model."""
         inner = [noise[n].reshape(-1) for n in self._inner.leaves]
         run = Run(values=given, predict=True, layout=self._inner, z=torch.cat(inner) if inner else lane.new_zeros(0))
-        with _OwnMemory(lane):
+        with _OwnMemory(lane), _ByGammas():
             nodes = self.program.trace_one({}, self.program.shared_inputs(), run)[0].nodes
         latents = [
             noise[n] if leaf.noise else biject_to(nodes[n]["fn"].support).inv(nodes[n]["value"])
@@ -171,6 +176,33 @@ class _OwnMemory(TorchFunctionMode):
         if func in FACTORIES and isinstance(out, Tensor) and out.is_floating_point():
             return out + self.lane.to(out.dtype)
         return out
+
+
+class _ByGammas(Messenger):
+    """Draws Beta and Dirichlet sites from Gamma variables, because torch's own way cannot be batched."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = unwrap(msg["fn"])
+        if msg["value"] is not None or msg["is_observed"] or type(fn) not in (dist.Beta, dist.Dirichlet):
+            return
+        shape = msg["fn"].shape()
+        if isinstance(fn, dist.Beta):
+            one, other = (torch._standard_gamma(c.expand(shape)) for c in (fn.concentration1, fn.concentration0))
+            msg["value"] = one / (one + other)
+        else:
+            parts = torch._standard_gamma(fn.concentration.expand(shape))
+            msg["value"] = parts / parts.sum(-1, keepdim=True)
+
+
+@contextmanager
+def _counted(prior: Any, cost: Cost) -> Iterator[None]:
+    """Count denoiser calls of a prior that keeps a list of `counters`."""
+    counters, count = getattr(prior, "counters", []), DenoiserCounter(cost)
+    counters.append(count)
+    try:
+        yield
+    finally:
+        counters[:] = [c for c in counters if c is not count]
 
 
 def data_of(program: Program, mask: Tensor) -> Tensor:

@@ -270,16 +270,37 @@ def test_pairs_are_draws_of_the_joint() -> None:
 
 
 def test_models_that_cannot_be_batched_run_row_by_row() -> None:
-    def proportions(y: Tensor) -> None:
-        p = pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 1.0, 1.0])))
-        pyro.sample("y", dist.Normal(p, 0.1).to_event(1), obs=y)
+    def angle(y: Tensor) -> None:
+        phi = pyro.sample("phi", dist.VonMises(torch.tensor(0.5), torch.tensor(4.0)))
+        pyro.sample("y", dist.Normal(phi, 0.1), obs=y)
 
-    pairs = Pairs(ppl.Program(proportions, torch.ones(3) / 3))
+    pairs = Pairs(ppl.Program(angle, torch.zeros(())))
     assert not pairs.batched
     assert "row by row" in pairs.notes[0]
     z, y = pairs.draw(400, seeded())
-    assert z.shape == (400, 2)
-    assert abs(float(y[:, 0].mean()) - 0.5) < 5 * float(y[:, 0].std()) / 20
+    assert z.shape == (400, 1)
+    assert abs(float(y.mean()) - 0.5) < 5 * float(y.std()) / 20
+    assert abs(float((y - z).std()) - 0.1) < 5 * 0.1 / math.sqrt(800)
+
+
+def test_beta_and_dirichlet_sites_are_batched() -> None:
+    """Means and variances of Beta(2, 3) in a plate and Dirichlet(2, 1, 1), with bounds of 5 standard errors."""
+
+    def proportions(y: Tensor) -> None:
+        with pyro.plate("groups", 2):
+            b = pyro.sample("b", dist.Beta(torch.tensor(2.0), torch.tensor(3.0)))
+        p = pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 1.0, 1.0])))
+        pyro.sample("y", dist.Normal(torch.cat([b, p]), 1e-3).to_event(1), obs=y)
+
+    pairs = Pairs(ppl.Program(proportions, torch.ones(5) / 3))
+    assert pairs.batched
+    _, y = pairs.draw(20_000, seeded())
+    mean = torch.tensor([0.4, 0.4, 0.5, 0.25, 0.25])
+    variance = torch.tensor([0.04, 0.04, 0.05, 0.0375, 0.0375])
+    assert bool(((y.mean(0) - mean).abs() < 5 * (variance / 20_000).sqrt()).all())
+    square = (y - mean).square()
+    assert bool(((square.mean(0) - variance).abs() < 5 * square.std(0) / math.sqrt(20_000)).all())
+    assert abs(float(torch.corrcoef(y.T)[0, 1])) < 5 / math.sqrt(20_000)  # groups have numbers of their own
 
 
 def test_masked_data_are_not_looked_at() -> None:
