@@ -49,7 +49,7 @@ class TwistedSMC(ParticleBackend):
     measured on exact problems.
 
     Example:
-        >>> import ppl, pyro, pyro.distributions as dist
+        >>> import ppl, torch, pyro, pyro.distributions as dist
         >>> from sde import GaussianMixture
         >>> one = torch.ones(1, dtype=torch.float64)
         >>> prior = GaussianMixture(one, torch.zeros(1, 2, dtype=torch.float64), one)
