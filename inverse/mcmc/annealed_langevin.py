@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inverse.mcmc.chain import check_walk, positive, run_walk
 from inverse.mcmc.mala import Replicas
-from inverse.mcmc.noised_target import NoisedTarget, SpectralLikelihood, lowest_noise
+from inverse.mcmc.noised_target import NoisedTarget, check_nodes, inner_nodes, lowest_noise, note_likelihood
 from inverse.mcmc.reverse import ReverseDiffusion, check_solver
 from inverse.problem import DiffusionProblem
 from inverse.samplers.lanes import check_chunk
@@ -130,26 +130,6 @@ class AnnealedLangevin:
             thin=self.thin,
             monitor=monitor,
             label="Langevin steps",
-        )
-
-
-def check_nodes(nodes: int | None) -> None:
-    """Raise OptionError unless nodes is None or a number of inner nodes."""
-    if nodes is not None and (not isinstance(nodes, int) or nodes < 0):
-        raise OptionError(f"nodes must be an integer of zero or more, or None, got {nodes!r}")
-
-
-def inner_nodes(nodes: int | None, target: NoisedTarget) -> int | None:
-    """Inner nodes of line integrals, or None for the exact density."""
-    return (None if target.knows_density else 2) if nodes is None else nodes
-
-
-def note_likelihood(target: NoisedTarget, sigma: float, monitor: Monitor) -> None:
-    """Say when the draws are blurred."""
-    if not isinstance(target.likelihood, SpectralLikelihood):
-        monitor.note(
-            "the likelihood is not linear and Gaussian with a decomposition of its operator: it is blurred by "
-            f"sigma_min={sigma:.3g}, about {(sigma**2 * target.likelihood.curvature):.1%} of its variance"
         )
 
 

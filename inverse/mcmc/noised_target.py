@@ -24,8 +24,9 @@ from inverse.problem import DiffusionProblem
 from inverse.samplers.trajectory import SpectralData
 from ppl.cost import Cost
 from ppl.errors import OptionError
+from ppl.monitor import Monitor
 
-__all__ = ["NoisedTarget", "lowest_noise"]
+__all__ = ["NoisedTarget", "check_nodes", "inner_nodes", "lowest_noise", "note_likelihood"]
 
 SHARE = 0.7
 """s_1 ||B|| by default: half of the variance of the data is left to the likelihood of x."""
@@ -193,3 +194,23 @@ class NoisedTarget:
 def gain(new: Tensor, old: Tensor) -> Tensor:
     """new - old for log likelihoods; 0 where both are -inf, so that a chain outside the support walks by the prior."""
     return torch.where((new == -torch.inf) & (old == -torch.inf), 0.0, new - old)
+
+
+def check_nodes(nodes: int | None) -> None:
+    """Raise OptionError unless nodes is None or a number of inner nodes."""
+    if nodes is not None and (not isinstance(nodes, int) or nodes < 0):
+        raise OptionError(f"nodes must be an integer of zero or more, or None, got {nodes!r}")
+
+
+def inner_nodes(nodes: int | None, target: NoisedTarget) -> int | None:
+    """Inner nodes of line integrals, or None for the exact density."""
+    return (None if target.knows_density else 2) if nodes is None else nodes
+
+
+def note_likelihood(target: NoisedTarget, sigma: float, monitor: Monitor) -> None:
+    """Say when the draws are blurred."""
+    if not isinstance(target.likelihood, SpectralLikelihood):
+        monitor.note(
+            "the likelihood is not linear and Gaussian with a decomposition of its operator: it is blurred by "
+            f"sigma_min={sigma:.3g}, about {(sigma**2 * target.likelihood.curvature):.1%} of its variance"
+        )

@@ -16,11 +16,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inverse.mcmc.annealed_langevin import check_nodes, inner_nodes, note_likelihood
 from inverse.mcmc.chain import check_walk, positive, run_walk
 from inverse.mcmc.line_integral import adaptive_log_ratio
 from inverse.mcmc.mala import Replicas
-from inverse.mcmc.noised_target import NoisedTarget, gain, lowest_noise
+from inverse.mcmc.noised_target import (
+    NoisedTarget,
+    check_nodes,
+    gain,
+    inner_nodes,
+    lowest_noise,
+    note_likelihood,
+)
 from inverse.mcmc.reverse import ReverseDiffusion, check_solver
 from inverse.problem import DiffusionProblem
 from inverse.samplers.lanes import check_chunk
@@ -49,7 +55,9 @@ class ParallelTempering:
     For linear data with Gaussian noise the law of the lowest replica, with the draw of x_0 that follows, is the
     posterior itself, mode weights included. Other likelihoods are blurred by sigma_min, an error of O(sigma_min^2).
     Swaps between far points need the density along the line between them: exact where the prior knows it, and else an
-    integral with panels that are halved to `tolerance`. Levels have to overlap: their number grows as sqrt(d).
+    integral with panels that are halved to `tolerance`. Levels have to overlap: their number grows as sqrt(d), which
+    makes this a method for tens of dimensions; a note says when pairs no longer swap. `info["round_trips"]` counts the
+    chances that a chain had to change its mode; an ESS of a rare mode's share is flattered by chains that never saw it.
     A network's score is the gradient of no density, an error that no option removes.
 
     Args:

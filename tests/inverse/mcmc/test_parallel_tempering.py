@@ -18,12 +18,23 @@ from inverse.mcmc.mala import Replicas
 from inverse.mcmc.parallel_tempering import _Tempered
 from inverse.problem import DiffusionProblem
 from models.references import ExactProblem
-from ppl.diagnostics import ess_of, z_bound
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from sde import GaussianMixture
 
 F64 = torch.float64
+
+
+def of_chains(values: Tensor, wanted: Tensor, alpha: float) -> float:
+    """The largest t statistic of chain means (chain, draw, n) over its bound; above 1 is a failure.
+
+    Chains are independent, and few changes of mode make ESS estimates flatter: no ESS is used.
+    """
+    from scipy.stats import t
+
+    means = values.mean(1)
+    found = (means.mean(0) - wanted) / means.std(0) * len(means) ** 0.5
+    return float(found.abs().max()) / float(t.isf(alpha / 2 / found.numel(), len(means) - 1))
 
 
 @torch.no_grad()
@@ -81,13 +92,11 @@ def test_separated_modes_keep_their_weights() -> None:
         torch.full((3,), 0.25, dtype=F64),
     )
     problem = problem_of(prior, sigma=20.0)
-    posterior = ppl.infer(problem.program, ParallelTempering(levels=10, warmup=200), draws=250, chains=16, seed=0)
+    posterior = ppl.infer(problem.program, ParallelTempering(levels=10, warmup=150), draws=100, chains=40, seed=0)
     shares = problem.posterior.responsibilities(posterior["x"], 1e-6)
-    size = ess_of(shares).clamp(max=4000)
-    assert float(size.min()) > 150
-    z = (shares.mean((0, 1)) - problem.posterior.weights) / shares.std((0, 1)) * size.sqrt()
-    assert float(z.abs().max()) < z_bound(1e-4, 3)
-    assert (posterior.info["round_trips"] > 2).all()
+    assert of_chains(shares[..., 1:], problem.posterior.weights[1:], 1e-4) < 1
+    assert float(shares.mean(1).std(0).max()) < 0.25  # 0.46 if chains never crossed
+    assert float(posterior.info["round_trips"].double().mean()) > 2
     assert (posterior.info["swap_acceptance"] > 0.2).all()
     assert posterior.info["swap_acceptance"].shape == (9,)
     assert bool((posterior.info["sigmas"].diff() > 0).all())
@@ -104,12 +113,10 @@ def test_modes_behind_a_denoiser_alone() -> None:
     )
     exact = problem_of(prior, sigma=10.0)
     backend = ParallelTempering(levels=6, warmup=60)
-    posterior = ppl.infer(with_prior(exact, as_network(prior)), backend, draws=150, chains=12, seed=0)
-    right = (posterior["x"][..., 0] > 0).double()
-    size = float(ess_of(right).clamp(max=1800))
-    assert size > 100
-    wanted = float(exact.posterior.weights[1])
-    assert abs(float(right.mean()) - wanted) / float(right.std()) * size**0.5 < z_bound(1e-4)
+    posterior = ppl.infer(with_prior(exact, as_network(prior)), backend, draws=80, chains=24, seed=0)
+    right = (posterior["x"] > 0).double()
+    assert of_chains(right, exact.posterior.weights[1:], 1e-4) < 1
+    assert float(right.mean(1).std()) < 0.35  # 0.46 if chains never crossed
     assert float(posterior.info["line_error"]) <= 0.02
 
 
@@ -124,15 +131,13 @@ def test_a_sign_that_the_data_do_not_tell() -> None:
     program = ppl.Program(model, torch.tensor(9.0, dtype=F64), compile="never")
     grid = torch.linspace(-8, 8, 20_001, dtype=F64)
     p = torch.softmax(-0.5 * (grid.square() / 4 + (9 - grid.square()).square()), 0)
-    mean, second = (p * grid.square()).sum(), (p * grid.square().square()).sum()
-    posterior = ppl.infer(
-        program, ParallelTempering(levels=6, warmup=150, sigma_min=0.01), draws=200, chains=16, seed=0
-    )
-    x = posterior["x"][..., 0]
-    right, square = (x > 0).double(), x.square()
-    assert abs(float(right.mean()) - 0.5) / 0.5 * float(ess_of(right)) ** 0.5 < z_bound(1e-4, 2)
-    stderr = (second - mean.square()).sqrt() / float(ess_of(square)) ** 0.5
-    assert abs(float((square.mean() - mean) / stderr)) < z_bound(1e-4, 2)
+    mean = (p * grid.square()).sum()
+    backend = ParallelTempering(levels=6, warmup=100, sigma_min=0.01)
+    posterior = ppl.infer(program, backend, draws=80, chains=32, seed=0)
+    x = posterior["x"]
+    values, wanted = torch.cat([(x > 0).double(), x.square()], -1), torch.stack([torch.full_like(mean, 0.5), mean])
+    assert of_chains(values, wanted, 1e-4) < 1
+    assert float(values.mean(1).std(0)[0]) < 0.3  # 0.5 if chains never crossed
 
 
 def test_a_ladder_that_is_cut_is_reported() -> None:
