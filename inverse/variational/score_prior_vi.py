@@ -152,9 +152,9 @@ class ScorePriorVI(SVI):
         log N(y; A m, A (C + s^2 I) A' + R) = log p(y) + s^2/2 (|A' S^-1 r|^2 - tr A' S^-1 A) + O(s^4),
 
     r = y - A m, S = A C A' + R. [derived] `info["elbo_history"]` follows this bound. Reported ELBOs and k-hat are for
-    the prior itself: with the exact log p(x) of a `GaussianMixture`; for a network with that of the bound "immse", so that
-    they bound the log evidence under the reverse process which the network drives, up to their standard error. Reverse
-    KL settles in one mode: give `starts`, and compare `info["start_elbo"]`.
+    the prior itself: with the exact log p(x) of a `GaussianMixture`; for a network with that of the bound "immse", so
+    that they bound the log evidence under the reverse process which the network drives, up to their standard error.
+    Reverse KL settles in one mode: give `starts`, and compare `info["start_elbo"]`.
 
     Measured on a Gaussian, 16 entries, 6 data with noise 0.05, 1000 steps: largest error of the mean 1e-4 ("score") and
     7e-3 sd ("immse"), variances within 1e-4 and 0.7 % of the truth, ELBO 2e-6 and 2e-4 below the evidence, the noise of
