@@ -44,7 +44,7 @@ def after_steps(problem: Any, levels: list[float], final: bool, nodes: int | Non
 def test_steps_keep_the_exact_law_of_their_level(nodes: int | None) -> None:
     """20,000 independent lanes at three levels, the lowest with the corrected likelihood; false alarm 3e-4 each.
 
-    Power: without its likelihood, its prior or its proposal term in the acceptance the worst level is off by more than 3.
+    Power: without its likelihood, its prior or its proposal term in the test the worst level is off by more than 3.
     """
     replicas, laws, accept = after_steps(problem_of(mixture()), [0.3, 0.8, 3.0], True, nodes, 2.0, 20_000)
     assert (accept > 0.2).all()
