@@ -166,7 +166,8 @@ class ScorePriorVI(SVI):
             network; "immse" differentiates the denoising bound: 2 `levels` evaluations and vjps per draw.
         levels: noise levels per draw and step of "immse".
         sigma_min: s; None takes the lowest that the prior knows and the data ask for. For a network a higher one is
-            more stable, since its errors enter the score divided by s^2.
+            more stable, since its errors enter the score divided by s^2: on the prior `digits8x8`, whose own is 0.01,
+            0.05 halved the distance to the mean of `TwistedSMC`, and sd rose from 0.6 to 0.93 of its.
         anneal: stages in which the level of the score falls from the data's spread to s during the first half of the
             steps; 0 begins at s.
         starts: fits from different places, the first from the prior's mean, others from draws of the prior; the one
