@@ -15,7 +15,9 @@ from torch import Tensor
 
 import ppl
 from inverse import DAPS, DDNM, DPS, DiffPIR, LGDGuide, MomentMatching, PiGDM
+from inverse.guides.closure import floored_cholesky
 from inverse.samplers.guided import GuidedSampler
+from inverse.samplers.lanes import _mark
 from ppl import Program
 from ppl.errors import NotFiniteError
 from ppl.monitor import Event
@@ -157,3 +159,24 @@ def test_guidance_that_overflows_is_left_out() -> None:
     found = ppl.infer(Program(model, y), DPS(steps=60, weight="likelihood"), draws=60)
     assert 0 < found["x"].shape[1] < 60
     assert "diverged" in found.attrs["notes"][0]
+
+
+def test_a_copy_stands_in_and_the_first_step_is_the_one_noted() -> None:
+    nan, inf = float("nan"), float("inf")
+    state = {"x": torch.tensor([[1.0], [nan], [2.0]]), "history": torch.tensor([1.0, nan, 3.0])}
+    state, lost = _mark(state, torch.zeros(3, dtype=torch.long), 3, 100.0)
+    assert lost.tolist() == [0, 3, 0]
+    assert state["x"][:, 0].tolist() == [1.0, 1.0, 2.0]
+    assert state["history"].tolist() == [1.0, 1.0, 3.0]
+    state, lost = _mark({"x": torch.tensor([[-101.0], [inf], [2.0]])}, lost, 5, 100.0)
+    assert lost.tolist() == [5, 3, 0]
+    assert state["x"][:, 0].tolist() == [2.0, 2.0, 2.0]
+    _, lost = _mark({"x": torch.full((3, 1), nan)}, lost, 6, 100.0)
+    assert lost.tolist() == [5, 3, 6]
+
+
+def test_a_covariance_that_is_not_a_number_spoils_its_own_lane_only() -> None:
+    gram = torch.stack([torch.eye(2), torch.full((2, 2), torch.nan), -3 * torch.eye(2)])
+    factor, failed = floored_cholesky(gram)
+    assert failed.tolist() == [False, False, True]
+    assert factor.isfinite().all(-1).all(-1).tolist() == [True, False, True]
