@@ -176,7 +176,7 @@ def run_walk(
         kept, table = kept[alive][:, :length], table[:, alive][..., :length]
         for chain in (~alive).nonzero()[:, 0].tolist():
             monitor.note(f"chain {chain} was dropped: not finite from transition {int(gone[chain])} of {total} on")
-        results = problem.results(kept) if length else {problem.site: kept}
+        results = problem.results(kept)
         info = {**dict(zip(names, table, strict=True)), **walk.summary(), **residual_chi(problem, kept)}
     r_hat = note_disagreement(results, monitor)
     if r_hat is not None:
