@@ -41,6 +41,12 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
     # Held in tests/inverse/particles/test_nuisance.py, by quadrature over the parameter.
     "NuisanceSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
+    # Held in tests/inverse/variational/test_score_prior_vi.py, by the exact posterior and evidence.
+    "ScorePriorVI": (
+        "never",
+        ("steps",),
+        ("gaussian_prior", "linear_gaussian_likelihood", "full_rank"),
+    ),
     "SplitGibbs": ("in_the_limit", ("draws", "steps"), ("linear_gaussian_likelihood",)),
     "SVI": ("never", ("steps",), ("gaussian_posterior", "full_rank")),
     "TwistedSMC": ("in_the_limit", ("particles", "steps"), ()),
