@@ -131,8 +131,15 @@ def deviations(kind: Kind, posterior: ppl.Posterior, reference: Reference) -> Te
     return torch.cat([torch.stack([u, u.square() - reference.variance], -1), posterior["x"] - reference.x], -1)
 
 
-@pytest.mark.parametrize("prior", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
-@pytest.mark.parametrize("name", KINDS)
+CASES = [
+    # Mixtures take forty levels instead of eight, and two of them are left for the slow tests.
+    pytest.param(n, p, id=f"{n}-{k}", marks=pytest.mark.slow if k == "mixture" and n in ("noise", "width") else ())
+    for n in KINDS
+    for k, p in (("gaussian", GAUSSIAN), ("mixture", MIXTURE))
+]
+
+
+@pytest.mark.parametrize(("name", "prior"), CASES)
 def test_particles_that_carry_a_parameter(name: str, prior: GaussianMixture) -> None:
     """Mean and variance of the parameter, means of x, evidence: 7 statistics, false alarm 1e-4 for each of eight cases.
 
@@ -155,7 +162,7 @@ def test_particles_that_carry_a_parameter(name: str, prior: GaussianMixture) -> 
     assert posterior.cost.denoiser_calls == steps * int(posterior.info["runs"])
 
 
-@pytest.mark.parametrize("name", ["noise", "gain", "offset"])
+@pytest.mark.parametrize("name", ["noise", "gain", pytest.param("offset", marks=pytest.mark.slow)])
 def test_led_particles_for_networks(name: str) -> None:
     """A prior that is only a denoiser, PiGDM in the second-order solver; 0.05 sd of slack for its discretisation."""
     hidden = DiffusionPrior(
