@@ -14,7 +14,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Size, Tensor
+from affine import law as law_of
+from affine import posterior_of, seeded
+from torch import Tensor
 
 import ppl
 from inverse import (
@@ -58,10 +60,6 @@ from sde import (
 F64 = torch.float64
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def gaussian(d: int = 3) -> GaussianMixture:
     root = torch.randn(d, d, generator=seeded(1), dtype=F64)
     mean = torch.randn(1, d, generator=seeded(2), dtype=F64)
@@ -84,51 +82,10 @@ def program_of(prior: Any, m: int = 2, sigma: float = 0.3, d: int = 3) -> Progra
     return Program(model, y)
 
 
-def posterior_of(problem: DiffusionProblem) -> GaussianMixture:
-    gaussian = problem.likelihood.gaussian
-    return problem.prior.condition_linear(gaussian.operator.dense(), gaussian.data.reshape(-1), 1.0)
-
-
-class Counting:
-    """Counts how much noise a method asks for."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def normal(self, shape: Size) -> Tensor:
-        self.size += Size(shape).numel()
-        return torch.zeros(1, *shape, dtype=F64)
-
-
-class Unit:
-    """Lane 0 has no noise; lane i has one in its i-th noise entry and zero elsewhere."""
-
-    def __init__(self, size: int) -> None:
-        self.rows = torch.cat([torch.zeros(1, size, dtype=F64), torch.eye(size, dtype=F64)])
-        self.at = 0
-
-    def normal(self, shape: Size) -> Tensor:
-        n = Size(shape).numel()
-        self.at += n
-        return self.rows[:, self.at - n : self.at].reshape(-1, *shape)
-
-
-def drive(method: Any, noise: Any, lanes: int) -> Tensor:
-    state = method.begin(lanes, noise)
-    for step in range(method.steps):
-        state = method.advance(step, state, noise)
-    return method.end(state, noise)
-
-
 def law(sampler: GuidedSampler, problem: DiffusionProblem) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the draws of an affine sampler, exactly."""
     method = _Guided(problem, sampler.guide.bind(problem), sampler.solver, guided_levels(sampler, problem))
-    with torch.no_grad():
-        counting = Counting()
-        drive(method, counting, 1)
-        x = drive(method, Unit(counting.size), counting.size + 1)
-    columns = (x[1:] - x[0]).T
-    return x[0], columns @ columns.T
+    return law_of(method)
 
 
 @pytest.mark.parametrize("prior", [gaussian, isotropic])
