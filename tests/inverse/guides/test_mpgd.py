@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from guide_problems import MATRIX, Y, full, isotropic, linear, seeded
 from torch import Tensor
 
 import ppl
@@ -22,38 +23,8 @@ from models.references import gaussian_problem
 from ppl import Program
 from ppl.cost import Cost
 from ppl.errors import CapabilityError, NotFiniteError, OptionError, ShapeError
-from sde import GaussianMixture
 
 F64 = torch.float64
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def isotropic(d: int = 3, sd: float = 0.7) -> GaussianMixture:
-    one = torch.ones(1, dtype=F64)
-    return GaussianMixture(one, torch.linspace(-1, 1, d, dtype=F64)[None], sd**2 * one)
-
-
-def full(d: int = 3) -> GaussianMixture:
-    root = torch.randn(d, d, generator=seeded(1), dtype=F64)
-    one = torch.ones(1, dtype=F64)
-    return GaussianMixture(one, torch.linspace(-1, 1, d, dtype=F64)[None], (root @ root.T + 0.2 * torch.eye(d))[None])
-
-
-MATRIX = torch.randn(2, 3, generator=seeded(3), dtype=F64)
-Y = torch.tensor([1.0, -0.5], dtype=F64)
-
-
-def linear(prior: Any = None, noise: float = 1.0, matrix: Tensor = MATRIX) -> DiffusionProblem:
-    prior = isotropic() if prior is None else prior
-
-    def model(y: Tensor) -> None:
-        x = pyro.sample("x", prior)
-        pyro.sample("y", dist.Normal(x @ matrix.T, noise).to_event(1), obs=y)
-
-    return DiffusionProblem.of(Program(model, Y))
 
 
 def by_factor() -> DiffusionProblem:
