@@ -24,11 +24,13 @@ from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.shadow import warn_if_shadowed
+from ppl.smc import SMC
 from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
 
 __all__ = [
     "HMC",
     "NUTS",
+    "SMC",
     "SVI",
     "AutoGuide",
     "Backend",

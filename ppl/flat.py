@@ -103,7 +103,7 @@ class FlatDensity:
         z = z.detach()
         wrt = tuple(f"param.{n}" for n in params or {})
         if not self._outside:
-            lane = self.program.lane_inputs({"z": z})
+            lane, _ = self._lane(z, scored=False)
             function = self._density(lane)
             value, grads = function.value_and_grad(lane, self._shared(subsample, params), ("z", *wrt))
             return value, grads["z"], {n: grads[f"param.{n}"] for n in params or {}}

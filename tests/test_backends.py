@@ -122,6 +122,7 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "NoiseSpace": [
         (ppl.NoiseSpace(ppl.HMC(warmup=20, max_steps=8)), linear),
         (ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
+        (ppl.NoiseSpace(ppl.SMC(particles=20, moves=1)), linear),
         (ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(1), steps=8)), linear),
     ],
     "NuisanceSMC": [(inverse.NuisanceSMC(steps=3, particles=12, runs=2, moves=1), unknown_noise)],
@@ -139,6 +140,11 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "ReSample": [
         (inverse.ReSample(steps=6, every=2), linear),
         (inverse.ReSample(steps=4, inner="adam", inner_steps=3), linear),
+    ],
+    "SMC": [
+        (ppl.SMC(particles=20, moves=1), plain),
+        (ppl.SMC(particles=20, moves=2, kernel="random_walk", chunk=7, runs=2), gaussian),
+        (ppl.SMC(particles=20, moves=1, start=ppl.SVI(steps=4)), plain),
     ],
     "SVI": [(ppl.SVI(guide=ppl.FullRank(), steps=8), plain), (ppl.SVI(guide=ppl.Flow(), steps=6), plain)],
     "ScorePriorVI": [

@@ -41,6 +41,8 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
     # Held in tests/inverse/particles/test_nuisance.py, by quadrature over the parameter.
     "NuisanceSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
+    # Held in tests/ppl/smc/test_smc.py, by conjugate evidence and posteriors.
+    "SMC": ("in_the_limit", ("particles",), ()),
     # Held in tests/inverse/variational/test_score_prior_vi.py, by the exact posterior and evidence.
     "ScorePriorVI": (
         "never",
@@ -55,6 +57,7 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 INSTANCES: dict[str, tuple[Any, str]] = {
     "AmortisedDenoiser with weights": (inverse.AmortisedDenoiser(correct=True), "in_the_limit"),
     "Gibbs of invariant kernels": (ppl.Gibbs({("x",): ppl.SliceKernel()}), "in_the_limit"),
+    "NoiseSpace of particles": (ppl.NoiseSpace(ppl.SMC()), "in_the_limit"),
     "NoiseSpace of chains": (ppl.NoiseSpace(ppl.HMC()), "in_the_limit"),
     "NoiseSpace of a fit": (ppl.NoiseSpace(ppl.SVI()), "never"),
     "Pyro's kernel": (ppl.Pyro(pyro.infer.NUTS), "in_the_limit"),
