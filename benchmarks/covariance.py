@@ -65,7 +65,7 @@ METHODS = (
 TASKS = {
     "digits, 8 of 64 pixels, noise 0.7": ("digits8x8", 8, 0.7, BUDGET),
     "digits, 8 of 64 pixels, noise 0.2": ("digits8x8", 8, 0.2, BUDGET),
-    "fashion, 4 of 784 pixels, noise 0.3": ("fashion28x28", 4, 0.3, 1_500),
+    "fashion, 4 of 784 pixels, noise 0.3": ("fashion28x28", 4, 0.3, 6_000),
 }
 
 
