@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["DualAveraging", "Moments", "windows"]
 
-GAMMA, DELAY, DECAY = 0.05, 10.0, 0.75
+DELAY, DECAY = 10.0, 0.75
 
 
 @dataclass
@@ -29,6 +29,7 @@ class DualAveraging:
         error: running mean of target minus acceptance.
         centre: where log_step is pulled to.
         count: updates so far.
+        gamma: how strongly log_step is held to the centre.
 
     Example:
         >>> adapt = DualAveraging.start(torch.tensor([0.1]))
@@ -43,18 +44,19 @@ class DualAveraging:
     error: Tensor
     centre: Tensor
     count: int = 0
+    gamma: float = 0.05
 
     @classmethod
-    def start(cls, step: Tensor) -> DualAveraging:
+    def start(cls, step: Tensor, gamma: float = 0.05) -> DualAveraging:
         """Begin, or begin anew, at step sizes (problem,)."""
-        return cls(step.log(), step.log(), torch.zeros_like(step), (10 * step).log())
+        return cls(step.log(), step.log(), torch.zeros_like(step), (10 * step).log(), gamma=gamma)
 
     def update(self, accept: Tensor, target: float) -> None:
         """Take in the acceptance (problem,) of one transition."""
         self.count += 1
         weight = 1 / (self.count + DELAY)
         self.error = (1 - weight) * self.error + weight * (target - accept)
-        self.log_step = self.centre - math.sqrt(self.count) / GAMMA * self.error
+        self.log_step = self.centre - math.sqrt(self.count) / self.gamma * self.error
         share = self.count**-DECAY
         self.log_average = share * self.log_step + (1 - share) * self.log_average
 
