@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ppl import objectives
 from ppl.backend import Backend, infer, register
 from ppl.compare import Comparison, compare
 from ppl.errors import (
@@ -17,6 +18,7 @@ from ppl.errors import (
     WeightsError,
 )
 from ppl.gibbs import Gibbs
+from ppl.importance import Importance
 from ppl.kernels import ConditionalDraw, HMCKernel, Kernel, SliceKernel
 from ppl.mcmc import HMC, NUTS, EllipticalSlice, Pyro
 from ppl.monitor import Event, Monitor
@@ -47,6 +49,7 @@ __all__ = [
     "FullRank",
     "Gibbs",
     "HMCKernel",
+    "Importance",
     "Kernel",
     "LowRank",
     "MeanField",
@@ -67,6 +70,7 @@ __all__ = [
     "compare",
     "infer",
     "lift_noise",
+    "objectives",
     "register",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "CapabilityError",
     "CheckpointError",
+    "ContractError",
     "DataError",
     "NotFiniteError",
     "OptionError",
@@ -53,6 +54,10 @@ class NotFiniteError(PilotlightError, RuntimeError):
 
 class CheckpointError(PilotlightError, RuntimeError):
     """A checkpoint or a saved result is damaged or belongs to another run."""
+
+
+class ContractError(PilotlightError, TypeError):
+    """An estimate of a density stands where one of its reciprocal is needed, or the other way round."""
 
 
 class WeightsError(PilotlightError, ValueError):

@@ -1,0 +1,448 @@
+"""The language of objectives: what a function `objective(ctx, model, guide)` can ask of two programs.
+
+    def iwelbo(ctx, model, guide):                       # E log (1/5) sum_k p(x, z_k) / q(z_k), per datum
+        with ctx.particles(5):
+            z = ctx.sim(guide)
+            weight = ctx.density(model, z) - z.density
+        return logmeanexp(weight)
+
+Tensors have the newest particle axis leftmost, then samples (independent copies of the whole objective, over which the
+engine averages), then the plates that all sites share: (*particles, samples, *data). An objective reduces the particle
+axes and returns (samples, *data), to be maximised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppl.errors import OptionError, ShapeError
+from ppl.objectives.density import Direct, Exact, LogDensity, direct, reciprocal
+from ppl.objectives.estimators import Estimator, Reinforce, Reparam
+from ppl.objectives.run import Node, Setting, run_lanes, unpad
+
+if TYPE_CHECKING:
+    from ppl.objectives.engine import Engine
+
+__all__ = ["Context", "Draw", "Given", "Particles", "Stochastic", "logmeanexp"]
+
+Address = tuple[int, str]
+
+
+def logmeanexp(x: Tensor, dim: int = 0) -> Tensor:
+    """log mean exp over an axis, the newest particle axis by default.
+
+    Example:
+        >>> logmeanexp(torch.tensor([0.0, 0.0]))
+        tensor(0.)
+    """
+    return x.logsumexp(dim) - math.log(x.shape[dim])
+
+
+@dataclass(eq=False)
+class Particles:
+    """An axis of particles; `baseline` sets what is taken from the cost in the score of each one.
+
+    Args:
+        size: particles.
+    """
+
+    size: int
+    control: Tensor | None = None
+
+    def baseline(self, value: Tensor) -> None:
+        """A baseline (size, *outer axes, samples, *data) for the draws on this axis, independent of each one's own.
+
+        Entry k may depend on all particles but the k-th, and then leaves the gradient unbiased.
+        """
+        self.control = value.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Values of a program's sites and the density that came with them.
+
+    `draw["z"]` is the value of a site, (*particles, samples, *plates, *event).
+
+    Args:
+        values: values by site, padded to the plates of all programs.
+        density: the log density; exact for a program, of the reciprocal for `Marginal` and `Normalize`.
+        auxiliary: sites that are none of the model's.
+        nodes: what is known of each site.
+        lanes: lane axes.
+    """
+
+    values: dict[str, Tensor]
+    density: LogDensity
+    auxiliary: frozenset[str] = frozenset()
+    nodes: dict[str, Node] = field(default_factory=dict, repr=False)
+    lanes: int = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.values[name]
+        node = self.nodes.get(name)
+        if node is None:
+            return value
+        pads = value.ndim - node.event_dim - self.lanes - node.rank
+        return value.reshape(*value.shape[: self.lanes], *value.shape[self.lanes + pads :]) if pads > 0 else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def only(self, names: Any) -> Draw:
+        """The same draw with some of its sites."""
+        kept = {n: v for n, v in self.values.items() if n in set(names)}
+        return replace(self, values=kept, auxiliary=frozenset())
+
+    def detached(self) -> Draw:
+        """The same draw, through which no gradient flows."""
+        return replace(
+            self,
+            values={n: v.detach() for n, v in self.values.items()},
+            density=type(self.density)(self.density.log.detach()),
+        )
+
+
+class Stochastic:
+    """A program whose density is only estimated; see `Marginal` and `Normalize`."""
+
+    def sim(self, ctx: Context, *, detach: bool = False) -> Draw:
+        """A draw and an estimate whose reciprocal is unbiased."""
+        raise TypeError(f"{type(self).__name__} cannot be drawn from")
+
+    def density(self, ctx: Context, values: Draw, *, frozen: bool = False) -> Direct:
+        """An unbiased estimate of the density of values."""
+        raise TypeError(f"{type(self).__name__} has no density")
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A program called with values of other sites as its first argument, a dict."""
+
+    program: Any
+    values: Mapping[str, Tensor]
+
+
+class Context:
+    """What an objective sees. The engine makes one for every evaluation.
+
+    Args:
+        engine: the compiled objective.
+        params: learnable tensors, constrained.
+        samples: independent copies of the objective.
+        seeds: seed of each site's draw, kept over evaluations that must share their noise.
+        indices: indices of subsampled plates.
+        forced: values by address, in place of draws.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: Mapping[str, Tensor],
+        samples: int,
+        seeds: dict[Any, int],
+        indices: dict[str, Tensor],
+        forced: Mapping[Address, Tensor],
+    ) -> None:
+        self.engine, self.params, self.samples = engine, params, samples
+        self.seeds, self.indices, self.forced = seeds, indices, forced
+        self.axes: list[Particles] = []
+        self.calls = 0
+        self.sites: dict[Address, tuple[Node, tuple[Particles, ...]]] = {}
+        self.scored: list[tuple[str, Tensor]] = []
+        self.seen: dict[Address, tuple[Any, Mapping[str, Any]]] = {}
+        self.frames: list[tuple[Any, ...]] = []
+        self.data: dict[str, Tensor] = {}
+
+    # Axes ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the lane axes, newest particle axis first, samples last."""
+        return (*(axis.size for axis in reversed(self.axes)), self.samples)
+
+    @contextmanager
+    def particles(self, size: int) -> Iterator[Particles]:
+        """Independent particles: all that is drawn inside gets a new leftmost axis.
+
+        Args:
+            size: particles; one or more.
+
+        Raises:
+            OptionError: there are no particles.
+        """
+        if not isinstance(size, int) or size < 1:
+            raise OptionError(f"a nested expectation needs samples: particles must be one or more, got {size!r}")
+        axis = Particles(size)
+        self.axes.append(axis)
+        try:
+            yield axis
+        finally:
+            self.axes.pop()
+
+    @contextmanager
+    def observing(self, data: Draw | Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, observed sites of all programs, and the arguments that carried their data, have other values."""
+        before = self.data
+        self.data = {**before, **(data.values if isinstance(data, Draw) else dict(data))}
+        try:
+            yield
+        finally:
+            self.data = before
+
+    # Programs --------------------------------------------------------------------------------------------------------
+
+    def sim(self, program: Any, *, detach: bool = False, observed: bool = False, kept: Draw | None = None) -> Draw:
+        """Draw a program's latent sites, each by its own estimator.
+
+        Args:
+            program: a Pyro program, or `Marginal`, `Normalize`.
+            detach: draw without gradients: the distribution of the draws then counts as fixed.
+            observed: draw observed sites as well, from the joint distribution.
+            kept: sites that are not drawn but set; the density is that of the others.
+
+        Returns:
+            Values and their log density.
+        """
+        if isinstance(program, Stochastic):
+            draw = program.sim(self, detach=detach)
+            return draw.detached() if detach else draw
+        call = self._next()
+        given = {} if kept is None else self._padded(kept)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            nodes = self._run(program, call, given, draw=True, detach=detach, simulate=observed, frozen=False)
+            own = {n: node for n, node in nodes.items() if node.latent and n not in given}
+            log = self._total(own)
+        for name, node in own.items():
+            if node.estimator is not None:
+                self.sites[call, name] = (node, tuple(self.axes))
+        return Draw(
+            values={n: node.value for n, node in own.items()},
+            density=Exact(log),
+            auxiliary=frozenset(n for n, node in own.items() if node.auxiliary),
+            nodes=own,
+            lanes=len(self.lead),
+        )
+
+    def density(self, program: Any, values: Draw | Mapping[str, Tensor], *, frozen: bool = False) -> Direct:
+        """Log density of values, and of the data that a program observes, for each particle and datum.
+
+        Args:
+            program: a Pyro program, or `Marginal`, `Normalize`.
+            values: a draw, or values by site; all latent sites of the program and no others.
+            frozen: take the program's parameters as constants; gradients flow through the values alone.
+
+        Raises:
+            ProgramError: a site has no value, or a value no site; supports or shapes do not match.
+        """
+        draw = values if isinstance(values, Draw) else Draw(dict(values), Exact(torch.zeros(())))
+        if isinstance(program, Stochastic):
+            return program.density(self, draw, frozen=frozen)
+        call = self._next()
+        given = self._padded(draw)
+        nodes = self._run(program, call, given, draw=False, detach=False, simulate=False, frozen=frozen)
+        self.engine.match(program, nodes, draw)
+        self.scored.extend((n, node.raw) for n, node in nodes.items())
+        return Exact(self._total(nodes))
+
+    def latents(self, program: Any) -> tuple[str, ...]:
+        """Names of a program's latent sites."""
+        return self.engine.latents(program)
+
+    # Expectations ----------------------------------------------------------------------------------------------------
+
+    def expectation(self, fn: Callable[[], Tensor], samples: int) -> Any:
+        """E of a random real, for use under nonlinear functions that keep it unbiased: see `Expectation`.
+
+        Args:
+            fn: draws and computes the real, one for each particle; called once.
+            samples: independent copies.
+        """
+        from ppl.objectives.expectation import Expectation
+
+        if not isinstance(samples, int) or samples < 1:
+            raise OptionError(f"a nested expectation needs samples: one or more, got {samples!r}")
+        with self.particles(samples):
+            value = fn()
+        return Expectation(self, fn, value)
+
+    def with_gradient(self, value: Tensor, surrogate: Tensor) -> Tensor:
+        """A tensor with the value of one and the pathwise gradient of the other."""
+        return value.detach() + surrogate - surrogate.detach()
+
+    def fully_reparameterised(self, what: str) -> None:
+        """Check that every draw so far is reparameterised.
+
+        Raises:
+            OptionError: naming the site that is not.
+        """
+        for (_, name), (node, _) in self.sites.items():
+            if not isinstance(node.estimator, Reparam):
+                raise OptionError(
+                    f"{what} is unbiased for reparameterised sites only, but site {name!r} takes "
+                    f"{type(node.estimator).__name__}; use IWELBO or VIMCO, which hold any estimator"
+                )
+
+    def choose(
+        self, name: str, log_weight: Tensor, estimator: Any, *, detach: bool = False
+    ) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
+        """Draw one entry of the leftmost axis with probability proportional to its weight.
+
+        Args:
+            name: name of the index in messages.
+            log_weight: (entries, *particles, samples, *data).
+            estimator: `Enumerate()` or `Reinforce()` for the index, a discrete site like any other.
+            detach: take its distribution as fixed.
+
+        Returns:
+            The index (*particles, samples, *data), and a function that picks its entry of a tensor
+            (entries, *particles, samples, *plates, *event), given the number of event axes.
+        """
+        address = (self._next(), name)
+        probs = torch.softmax(log_weight.detach(), 0)
+        shape = self.lead + self.engine.data_shape(log_weight.shape[1 + len(self.lead) :])
+        if address in self.forced:
+            index = self.engine.collect(self.forced[address], len(self.lead)).expand(shape)
+        else:
+            self._seed(address)
+            index = torch.multinomial(probs.reshape(len(probs), -1).mT, 1)[:, 0].reshape(shape)
+        score = torch.log_softmax(log_weight, 0).gather(0, index[None])[0]
+        padded, raw = self.engine.spread(index, len(self.lead)), self.engine.spread(score, len(self.lead))
+        states = torch.arange(len(log_weight), device=index.device)
+        node = Node(padded, raw, raw, 1.0, (), 0, 0, False, True, False, True, None, True, estimator, states=states)
+        if not detach:
+            self.sites[address] = (node, tuple(self.axes))
+
+        def pick(values: Tensor, event_dim: int) -> Tensor:
+            place = padded.reshape(1, *padded.shape, *(1,) * event_dim).expand(1, *values.shape[1:])
+            return values.gather(0, place)[0]
+
+        return index, pick
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _next(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def _seed(self, address: Any) -> None:
+        """Set the (forked) generator to the seed of an address, so that evaluations share their noise."""
+        if address not in self.seeds:
+            self.seeds[address] = self.engine.fresh_seed()
+        torch.random.default_generator.manual_seed(self.seeds[address])
+        if self.engine.device.type == "cuda":
+            torch.cuda.manual_seed(self.seeds[address])
+
+    def _padded(self, draw: Draw) -> dict[str, Tensor]:
+        """Values with all lane axes of this place."""
+        plates = self.engine.plates
+        out = {}
+        for name, value in draw.values.items():
+            node = draw.nodes.get(name)
+            event = self.engine.event_dim(name) if node is None else node.event_dim
+            batch = value.ndim - event
+            if node is None and 0 <= batch <= plates:  # one value for all lanes
+                value = value.reshape(*(1,) * (plates - batch), *value.shape)
+            width = max(value.ndim - event - plates, 0)
+            out[name] = (
+                value.expand(*self.lead[: len(self.lead) - width], *value.shape) if width < len(self.lead) else value
+            )
+        return out
+
+    def _run(
+        self,
+        program: Any,
+        call: int,
+        given: dict[str, Tensor],
+        *,
+        draw: bool,
+        detach: bool,
+        simulate: bool,
+        frozen: bool,
+    ) -> dict[str, Node]:
+        engine = self.engine
+        source = engine.source(program, self.data)
+        params = {n: p.detach() for n, p in self.params.items()} if frozen or detach else self.params
+        self._seed((call, None))  # for plates, and what programs draw outside of sites
+
+        def one(name: str, msg: Any) -> tuple[Tensor, Estimator | None, Tensor | None]:
+            return self._draw((call, name), msg, detach)
+
+        setting = Setting(params, given, self.data, one if draw else None, simulate, self.indices, engine.dtype)
+        ranks = engine.ranks(program)
+        try:
+            nodes = run_lanes(source, setting, self.lead, engine.plates, ranks, loop=engine.loop)
+        except (RuntimeError, ValueError, IndexError):
+            if engine.planned or engine.loop or not self.data:
+                raise
+            engine.disagree()
+        if self.data and not engine.planned and not engine.loop:
+            engine.check_observing(source, setting, self.lead, nodes)
+        self.frames.extend(node.frames for node in nodes.values())
+        return nodes
+
+    def _draw(self, address: Address, msg: Any, detach: bool) -> tuple[Tensor, Estimator | None, Tensor | None]:
+        fn, lane = msg["fn"], msg.get("lane")
+        self.seen.setdefault(address, (fn, msg["infer"]))
+        estimator = None if detach else self.engine.estimator(address, fn, msg["infer"])
+        if address in self.forced:
+            value = self.forced[address]
+            if lane is not None:
+                i, lead, plates = lane
+                value = value.expand(lead + value.shape[len(lead) :])
+                value = unpad(value.reshape(-1, *value.shape[len(lead) :])[i], plates)
+                value = value.expand(fn.batch_shape + fn.event_shape)
+            return value, estimator, None
+        if lane is None:
+            self._seed(address)
+        else:
+            self._seed((*address, lane[0]))
+        if isinstance(estimator, Reparam):
+            value = fn.rsample()
+        else:
+            with torch.no_grad():
+                value = fn.sample()
+        baseline = None
+        if isinstance(estimator, Reinforce) and torch.is_grad_enabled():
+            baseline = _learned(address[1], estimator)
+        return value, estimator, baseline
+
+    def _total(self, nodes: Mapping[str, Node]) -> Tensor:
+        """Scaled log densities summed to (*particles, samples, *data)."""
+        total: Tensor | float = 0.0
+        for node in nodes.values():
+            scale = self.engine.inner_scale(node)
+            term = node.raw if isinstance(scale, float) and scale == 1.0 else node.raw * scale
+            total = total + self.engine.collect(term, len(self.lead))
+        if not isinstance(total, Tensor):
+            total = torch.zeros(self.lead + self.engine.data_shape(()), dtype=self.engine.dtype)
+        return total
+
+    def log_weight(self, numerator: LogDensity, denominator: LogDensity) -> Tensor:
+        """log of an unbiased importance weight; the same as `numerator - denominator`."""
+        return direct(numerator, "the numerator") - reciprocal(denominator, "the denominator")
+
+
+def _learned(name: str, estimator: Reinforce) -> Tensor | None:
+    """The prediction of a learned baseline; a module is registered, so that it is trained with the guide."""
+    baseline = estimator.baseline
+    if isinstance(baseline, str):
+        return None
+    if isinstance(baseline, Tensor):
+        return baseline
+    if isinstance(baseline, torch.nn.Module):
+        import pyro
+
+        pyro.module(f"{name}_baseline", baseline)
+    given = estimator.given
+    given = given.detach() if isinstance(given, Tensor) else given
+    out = baseline(given) if given is not None else baseline()
+    if not isinstance(out, Tensor):
+        raise ShapeError(f"the baseline of site {name!r} must return a tensor, got {type(out).__name__}")
+    return out
