@@ -348,7 +348,7 @@ class Context:
             event = self.engine.event_dim(name) if node is None else node.event_dim
             batch = value.ndim - event
             if node is None and 0 <= batch <= plates:  # one value for all lanes
-                value = value.reshape(*(1,) * (plates - batch), *value.shape)
+                value = value.reshape((1,) * (plates - batch) + tuple(value.shape))
             width = max(value.ndim - event - plates, 0)
             out[name] = (
                 value.expand(*self.lead[: len(self.lead) - width], *value.shape) if width < len(self.lead) else value

@@ -22,8 +22,8 @@ __all__ = ["ForwardKL", "Sleep", "SymmetricKL", "WakeModel"]
 class ForwardKL:
     """-KL(posterior || q) up to a constant, by self-normalised weights: sum_k w~_k log q(z_k).
 
-    The wake phase of the guide. The weights and the draws are held, so that only log q is differentiated. Biased by O(1/K) in
-    value and gradient.
+    The wake phase of the guide. The weights and the draws are held, so that only log q is differentiated. Biased by
+    O(1/K) in value and gradient.
 
     Args:
         particles: K.
