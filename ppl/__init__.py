@@ -20,9 +20,11 @@ from ppl.errors import (
 from ppl.gibbs import Gibbs
 from ppl.importance import Importance
 from ppl.kernels import ConditionalDraw, HMCKernel, Kernel, SliceKernel
+from ppl.laplace import Laplace
 from ppl.mcmc import HMC, NUTS, EllipticalSlice, Pyro
 from ppl.monitor import Event, Monitor
 from ppl.noise_space import NoiseReparam, NoiseSpace, lift_noise
+from ppl.pathfinder import Pathfinder
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.shadow import warn_if_shadowed
@@ -51,6 +53,7 @@ __all__ = [
     "HMCKernel",
     "Importance",
     "Kernel",
+    "Laplace",
     "LowRank",
     "MeanField",
     "Monitor",
@@ -58,6 +61,7 @@ __all__ = [
     "NoiseSpace",
     "NotFiniteError",
     "OptionError",
+    "Pathfinder",
     "PilotlightError",
     "Posterior",
     "Program",

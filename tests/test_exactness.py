@@ -41,7 +41,9 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
     # Held in tests/inverse/particles/test_nuisance.py, by quadrature over the parameter.
     "NuisanceSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
-    # Held in tests/ppl/smc/test_smc.py, by conjugate evidence and posteriors.
+    # Held in tests/ppl/test_importance.py, test_laplace.py and smc/test_smc.py, by conjugate evidence and posteriors.
+    "Importance": ("in_the_limit", ("draws",), ()),
+    "Laplace": ("never", (), ("gaussian_posterior",)),
     "SMC": ("in_the_limit", ("particles",), ()),
     # Held in tests/inverse/variational/test_score_prior_vi.py, by the exact posterior and evidence.
     "ScorePriorVI": (

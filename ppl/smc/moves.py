@@ -30,8 +30,8 @@ class Whitening:
     """z = F u, with F a Cholesky factor (dim, dim), or a diagonal (dim,).
 
     Example:
-        >>> z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-        >>> white = Whitening.of(z, torch.full((4000,), 1 / 4000))
+        >>> noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+        >>> white = Whitening.of(noise @ torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.full((4000,), 1 / 4000))
         >>> bool(torch.allclose(white.factor @ white.factor.T, torch.tensor([[4.0, 2.0], [2.0, 2.0]]), atol=0.3))
         True
     """

@@ -1,4 +1,4 @@
-"""Where weighted draws come from: a normalised density on R^n that can be drawn from, and the way from it to the posterior.
+"""Where weighted draws come from: a normalised density q on R^n, and the way from it to the posterior.
 
     log q_beta(z) = log q(z) + beta r(z),   r(z) = log p(z, y) - log q(z)
 
@@ -59,10 +59,9 @@ class PriorReference:
         ProgramError: the prior cannot be drawn from.
     """
 
-    guide = None
-
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.guide: FittedGuide | None = None
         self.flat = program.flat()
         self._density = TemperedDensity(program)
         self._draws = PriorDraws(self.flat)

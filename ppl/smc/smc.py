@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo from the prior, or from a fit, to the posterior, by powers of the likelihood chosen on the way.
+"""Sequential Monte Carlo from the prior, or a fit, to the posterior, by powers of the likelihood found on the way.
 
     pi_beta(z) = q(z) exp(beta r(z)),     beta = 0 < beta_1 < ... < 1,     w = exp((beta_{t+1} - beta_t) r(z))
     Z_{t+1} / Z_t = mean w                next beta: (sum w)^2 / (P sum w^2) = share
@@ -166,8 +166,8 @@ class SMC:
                 return runs
         if self.runs > 1:
             monitor.note(
-                f"SMC: after {len(runs)} runs of {particles} particles the draws are worth {worth:.0f} independent ones "
-                f"(root ESS), asked for {draws}; raise particles or moves"
+                f"SMC: after {len(runs)} runs of {particles} particles the draws are worth {worth:.0f} independent "
+                f"ones (root ESS), asked for {draws}; raise particles or moves"
             )
         return runs
 
@@ -197,8 +197,8 @@ class SMC:
         if monitor.interrupted:
             return None
         raise ProgramError(
-            f"after {self.stages} powers SMC has reached beta = {run.beta:.2e} of 1: the posterior is far from where the "
-            "particles began. Start from a fit (start=ppl.Laplace()), or raise stages or lower share"
+            f"after {self.stages} powers SMC has reached beta = {run.beta:.2e} of 1: the posterior is far from where "
+            "the particles began. Start from a fit (start=ppl.Laplace()), or raise stages or lower share"
         )
 
     def _advance(

@@ -143,8 +143,8 @@ class PriorDraws:
         )
 
     def _check(self) -> None:
-        given = {n: v for n, v in self.program.first_values.items()}
-        nodes = self.program.trace_one({}, self.program.shared_inputs(), Run(values=given))[0].nodes
+        run = Run(values=self.program.first_values)
+        nodes = self.program.trace_one({}, self.program.shared_inputs(), run)[0].nodes
         for name in self.program.latents:
             node = nodes[name]
             fn, base = node["fn"], unwrap(node["fn"])

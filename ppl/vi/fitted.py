@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,40 @@ class FittedGuide:
             observed=dict(self.program.observed_data()),
             attrs={"backend": "SVI", "complete": self.complete},
         )
+
+    def corrected(
+        self,
+        draws: int = 1000,
+        chains: int = 1,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        cost: Cost | None = None,
+        smooth: bool = False,
+    ) -> Posterior:
+        """Draws of the guide weighted by p(z, y) / q(z), with the evidence and k-hat.
+
+        Args:
+            draws: draws per chain.
+            chains: chains; all are independent draws of one q.
+            generator: source of the draws; made from the seed when None.
+            seed: see generator.
+            cost: what the density evaluations are added to.
+            smooth: smooth the largest weights, see `ppl.Importance`.
+        """
+        from ppl.importance import weighted_posterior
+        from ppl.monitor import Monitor
+        from ppl.smc.reference import GuideReference
+
+        if draws < 1 or chains < 1:
+            raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
+        generator = generator or torch.Generator(self.program.device).manual_seed(seed)
+        monitor = Monitor(generator=generator)
+        with monitor:
+            made = weighted_posterior(GuideReference(self.program, self), draws, chains, generator, monitor, smooth)
+        cost = Cost() if cost is None else cost
+        cost.merge(monitor.cost)
+        attrs = {**made.attrs, "backend": "Importance", "exact": "in_the_limit", "notes": monitor.notes}
+        return replace(made, cost=cost, observed=dict(self.program.observed_data()), attrs=attrs)
 
     # Files -----------------------------------------------------------------------------------------------------------
 
