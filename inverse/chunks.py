@@ -43,20 +43,25 @@ class Chunks:
         """
         leaves, spec = pytree.tree_flatten(batch)
         rows = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).shape[0]
-        parts: list[Any] = []
+        joined: _Joined | None = None
         start = 0
-        while start < rows or not parts:
+        while True:
             stop = min(start + (self.size or max(rows, 1)), rows)
             piece = [leaf[start:stop] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             try:
-                parts.append(fn(*pytree.tree_unflatten(piece, spec)))
+                part = fn(*pytree.tree_unflatten(piece, spec))
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
                 self._shrink(stop - start, error)
                 continue
-            start = max(stop, 1)
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
+            if stop - start == rows:
+                return part
+            joined = _Joined(part, rows) if joined is None else joined
+            joined.put(part, start, stop)
+            start = stop
+            if start == rows:
+                return joined.whole()
 
     def _shrink(self, tried: int, error: BaseException) -> None:
         if tried <= 1:
@@ -78,8 +83,26 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _concatenate(parts: list[Any]) -> Any:
-    flat = [pytree.tree_flatten(part) for part in parts]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    return pytree.tree_unflatten(joined, flat[0][1])
+class _Joined:
+    """The results of all parts, filled as they come: a list of parts and its concatenation would need twice the room.
+
+    Args:
+        part: result of the first part, which says what there is.
+        rows: of the whole.
+    """
+
+    def __init__(self, part: Any, rows: int) -> None:
+        leaves, self._spec = pytree.tree_flatten(part)
+        self._leaves = [
+            leaf.new_empty((rows, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+
+    def put(self, part: Any, start: int, stop: int) -> None:
+        """The result of rows `start` to `stop`."""
+        for mine, leaf in zip(self._leaves, pytree.tree_leaves(part), strict=True):
+            if isinstance(leaf, Tensor):
+                mine[start:stop] = leaf
+
+    def whole(self) -> Any:
+        """The result of all rows."""
+        return pytree.tree_unflatten(self._leaves, self._spec)

@@ -164,6 +164,11 @@ class Run:
             saved["accepted"].tolist(),
         )
 
+    def take(self) -> Any:
+        """The population, of which the run keeps nothing, so that a move can free it before it is done."""
+        population, self.population = self.population, None
+        return population
+
     @property
     def distinct_roots(self) -> int:
         """Number of initial particles that have descendants."""
@@ -209,11 +214,10 @@ def run_particles(
         run = Run.unpack(kernel, saved, start)
     else:
         start = 0
-        population = kernel.start(particles, generator)
         roots = torch.arange(particles, device=generator.device)
         none = torch.zeros(particles, dtype=torch.float64, device=generator.device)
-        run = Run(population, none, roots, none.new_zeros(()))
-        _weigh(run, kernel.first_weight(population), monitor, f"noise level 1 of {kernel.levels}")
+        run = Run(kernel.start(particles, generator), none, roots, none.new_zeros(()))
+        _weigh(run, kernel.first_weight(run.population), monitor, f"noise level 1 of {kernel.levels}")
     done = start
     for level in monitor.steps(kernel.levels - 1, label, start=start):
         if run.ess[-1] < threshold * particles:
@@ -221,7 +225,7 @@ def run_particles(
             if moves is not None and level > 0:
                 run.population, share = moves(run.population, level, generator)
                 run.accepted.append(share)
-        run.population, increment = kernel.move(run.population, level, generator)
+        run.population, increment = kernel.move(run.take(), level, generator)
         _weigh(run, increment, monitor, f"noise level {level + 2} of {kernel.levels}")
         monitor.report(ess=run.ess[-1])
         done = level + 1

@@ -118,19 +118,22 @@ class GuidedKernel:
         free = self.solver.step(population.x, a, b, population.prior, population.free_state)
         led = self.solver.step(population.x, a, b, population.posterior, population.led_state)
         assert isinstance(free.covariance, Tensor)
-        noise = self.problem.noise(len(population.x), generator)
+        assert isinstance(led.covariance, Tensor)
+        guide_state, before = population.guide_state, population.log_twist
+        del population  # a large one; nothing of it outlives its use while the guide fills the next
+        noise = self.problem.noise(len(before), generator)
         if retained is not None:
-            assert isinstance(led.covariance, Tensor)
             kept = len(retained)
             own = (retained - led.mean[:kept]) / led.covariance.sqrt().to(retained)
             noise = torch.cat([own, noise[kept:]])
         x = led.sample(noise)
         # |x - m'|^2 = c^2 |noise|^2 exactly; written so that nothing cancels.
-        shift = (led.mean - free.mean).flatten(1) / free.covariance.sqrt()
-        log_ratio = -(shift * noise.flatten(1)).sum(1) - 0.5 * shift.square().sum(1)
-        new = self._look(x, level + 1, population.guide_state)
-        new = replace(new, free_state=free.state, led_state=led.state)
-        return new, log_ratio + new.log_twist - population.log_twist
+        shift = (led.mean - free.mean).flatten(1).div_(free.covariance.sqrt())
+        log_ratio = -torch.linalg.vecdot(shift, noise.flatten(1)) - 0.5 * torch.linalg.vecdot(shift, shift)
+        states = {"free_state": free.state, "led_state": led.state}
+        del free, led, noise, shift
+        new = replace(self._look(x, level + 1, guide_state), **states)
+        return new, log_ratio + new.log_twist - before
 
     def last_weight(self, population: Led) -> Tensor:
         """log p(y | x_0) - log psi: from here on the likelihood is exact."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sde.solvers.transition import State, Transition, levels
@@ -23,11 +24,11 @@ def _two_step(x: Tensor, a: Tensor, b: Tensor, denoised: Tensor, state: State, e
     estimate = denoised
     if state is not None and b > 0:
         previous = state["log_ratio"].reshape(-1, *[1] * (x.ndim - 1))
-        estimate = denoised + (denoised - state["denoised"]) * (h / (2 * previous))
+        estimate = (denoised - state["denoised"]).mul_(h / (2 * previous)).add_(denoised)
     # One value per particle, so that resampling can permute all of the state alike.
     history = {"denoised": denoised, "log_ratio": h.to(denoised).expand(x.shape[:1])}
     variance = b.square() * (1 - ratio ** (2 * eta))
-    return Transition(kept * x + (1 - kept) * estimate, variance, history)
+    return Transition(torch.lerp(estimate, x, kept), variance, history)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Transition:
     def sample(self, noise: Tensor) -> Tensor:
         """mean + covariance^(1/2) noise, for standard normal noise of the shape of the mean."""
         if isinstance(self.covariance, Tensor):
-            return self.mean + self.covariance.sqrt() * noise
+            return torch.addcmul(self.mean, self.covariance.sqrt().to(self.mean), noise)
         return self.mean + self.covariance.sample(noise)
 
 
