@@ -151,6 +151,7 @@ def methods() -> list[Method]:
             "default": {},
             **{f"zeta={z:g}": {"zeta": z} for z in (0.03, 0.1, 0.3)},
             **{f"zeta={z:g}, 250 steps": {"zeta": z, "steps": 250} for z in (0.03, 0.1)},
+            **{f"zeta={z:g}, 1000 steps": {"zeta": z, "steps": 1000} for z in (0.03, 0.1, 0.3)},
         }),
         method("TDS", tds, {
             "default": {},

@@ -153,6 +153,7 @@ def methods() -> list[Method]:
         return Method("deepinv", name, sample, settings, close=name in CLOSE)
 
     norm = {f"weight={w:g}, 250 steps": {"weight": w, "num_steps": 250} for w in (10.0, 100.0, 300.0)}
+    longer = {f"weight={w:g}, 1000 steps": {"weight": w} for w in (100.0, 300.0, 1000.0)}
     annealed = {
         f"annealed, weight={w:g}, 250 steps": {"guidance": "annealed", "weight": w, "num_steps": 250}
         for w in (3.0, 10.0)
@@ -177,5 +178,5 @@ def methods() -> list[Method]:
             "default": {},
             "ve, 6 CG steps": {"schedule": "ve", "cg_max_iter": 6},
         }),
-        method("DPS", dps, {"default": {}, **norm, **annealed}),
+        method("DPS", dps, {"default": {}, **norm, **longer, **annealed}),
     ]  # fmt: skip

@@ -75,16 +75,17 @@ class Runner:
                     self.one("tune", cell, method, setting, seed)
 
     def best(self, cell: Cell, method: Method) -> str | None:
-        """Label of the setting with the least mean distance on the tuning problems; None until all were tried."""
+        """Label of the setting with the least mean distance on the tuning problems; None until they were tried."""
         found = {
             setting: self.records.by_seed(
                 "tune", cell.name, method.package, method.name, setting, self.tuning_draws
             )
             for setting in method.settings
         }  # fmt: skip
-        common = set.intersection(*(set(scores) for scores in found.values()))
-        if len(common) < cell.tuning:
+        found = {setting: scores for setting, scores in found.items() if len(scores) >= cell.tuning}
+        if method.default not in found:
             return None
+        common = set.intersection(*(set(scores) for scores in found.values()))
         return min(found, key=lambda setting: statistics.fmean(found[setting][seed].ratio for seed in common))
 
     def peers(self, cell: Cell, peers: Sequence[Method]) -> None:
