@@ -331,13 +331,14 @@ class Context:
         self.calls += 1
         return self.calls
 
-    def _seed(self, address: Any) -> None:
+    def _seed(self, address: Any) -> int:
         """Set the (forked) generator to the seed of an address, so that evaluations share their noise."""
         if address not in self.seeds:
             self.seeds[address] = self.engine.fresh_seed()
         torch.random.default_generator.manual_seed(self.seeds[address])
         if self.engine.device.type == "cuda":
             torch.cuda.manual_seed(self.seeds[address])
+        return self.seeds[address]
 
     def _padded(self, draw: Draw) -> dict[str, Tensor]:
         """Values with all lane axes of this place."""

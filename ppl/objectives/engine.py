@@ -87,6 +87,9 @@ class Engine:
         batching: `"auto"` runs all lanes in one batch where that agrees with running them one by one, `"batch"`
             always, `"loop"` never.
         dtype: floating type, where the model is no `ppl.Program`.
+        device: device, likewise.
+        parameters: learnable tensors of programs that are no Pyro programs.
+        constraints: constraints on them; real where none is named.
 
     Raises:
         CapabilityError: a site cannot take the estimator that was asked for.
@@ -116,6 +119,9 @@ class Engine:
         policy: Policy | None = None,
         batching: str = "auto",
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        constraints: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(objective) or isinstance(objective, type):
             raise OptionError(
@@ -127,7 +133,7 @@ class Engine:
         self.program = model if isinstance(model, Program) else None
         self.args = tuple(args)
         self.dtype = dtype or (self.program.dtype if self.program is not None else torch.get_default_dtype())
-        self.device = self.program.device if self.program is not None else torch.device("cpu")
+        self.device = self.program.device if self.program is not None else (device or torch.device("cpu"))
         self.loop = batching == "loop"
         self.plates = 0
         self.planned = False
@@ -136,8 +142,10 @@ class Engine:
         self.notes: list[str] = []
         self._plain: dict[int, tuple[Any, dict[str, Node]]] = {}
         self._generator = torch.Generator(self.device).manual_seed(0)
-        self.parameters: dict[str, Tensor] = {}
-        self.constraints: dict[str, Any] = {}
+        self.parameters: dict[str, Tensor] = dict(parameters or {})
+        self.constraints: dict[str, Any] = dict.fromkeys(self.parameters, dist.constraints.real) | dict(
+            constraints or {}
+        )
         with seeded(self._generator), settings(self.dtype, validate=True):
             for part in _parts(model, guide):
                 self._discover(part)

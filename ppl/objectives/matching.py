@@ -49,6 +49,8 @@ def match(what: str, nodes: Mapping[str, Node], draw: Draw) -> None:
                 f"site {name!r} has {own.event_dim} event axes, shape {tuple(own.value.shape)}, in the guide and "
                 f"{node.event_dim} in the {what}, shape {tuple(node.value.shape)}; use the same to_event in both"
             )
+        if own.support is None:
+            continue
         if own.discrete != node.discrete or not _inside(own.support, node.support):
             raise ProgramError(
                 f"site {name!r}: supports do not match: {_show(own.support)} in the guide, {_show(node.support)} in "

@@ -61,7 +61,7 @@ class Node:
         latent: whether it is a draw of the program.
         is_data: whether it carries data.
         auxiliary: whether the guide marks it as none of the model's.
-        support: constraint on its values.
+        support: constraint on its values; `None` for a point mass.
         discrete: whether the support is discrete.
         estimator: how its gradient is estimated, if it was drawn here and counts.
         arms: rows of the measure-valued derivative.
@@ -206,7 +206,7 @@ class _Lanes(Messenger):
             latent=latent and not is_factor(msg),
             is_data=is_data(msg),
             auxiliary=bool(msg["infer"].get("is_auxiliary", False)),
-            support=fn.support,
+            support=None if isinstance(base, dist.Delta) else fn.support,
             discrete=bool(getattr(fn.support, "is_discrete", False)),
             estimator=estimator,
             arms=rows,

@@ -9,8 +9,8 @@ the posterior; with it the entropy's gradient has no noise while q is far away. 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class SVI:
     independent fits, so that their disagreement shows what the optimiser left open.
 
     Args:
-        guide: the family of q.
+        guide: the family of q; or a Pyro program with the model's arguments, or `ppl.objectives.Marginal`.
         steps: gradient steps.
         particles: draws per step; they run as one batch.
         lr: learning rate of Adam at the start.
@@ -57,6 +57,11 @@ class SVI:
         average: share of the last steps whose parameters are averaged; 0 keeps the last ones.
         patience: stop early when the mean ELBO of the last `patience` steps exceeds that of the `patience` before by
             no more than one standard error; None runs all steps.
+        objective: what is maximised, such as `ppl.objectives.IWELBO(5)`, or a function of (ctx, model, guide); the
+            evidence lower bound when None. `particles` are then independent copies of it. With an objective, or a guide
+            that is a Pyro program, `natural` and `path_gradient` are not used (`ppl.objectives.StickingTheLanding`).
+        estimators: gradient estimators of the guide's sites, `{site: "mvd"}` or a function of name and distribution;
+            what the guide's `infer={"estimator": ...}` says, or a default, where it is silent.
 
     Raises:
         OptionError: an option is out of range.
@@ -74,7 +79,7 @@ class SVI:
         True
     """
 
-    guide: Guide = field(default_factory=MeanField)
+    guide: Any = field(default_factory=MeanField)
     steps: int = 2000
     particles: int = 16
     lr: float = 0.02
@@ -84,6 +89,8 @@ class SVI:
     path_gradient: bool = True
     average: float = 0.0
     patience: int | None = None
+    objective: Any = None
+    estimators: Any = None
 
     exact: ClassVar[Exactness] = "never"
     limit: ClassVar[tuple[str, ...]] = ("steps",)
@@ -93,8 +100,18 @@ class SVI:
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.guide, type) or not isinstance(self.guide, Guide):
-            raise OptionError(f"guide must be an object such as ppl.MeanField() or ppl.LowRank(8), got {self.guide!r}")
+        from ppl.objectives import Stochastic
+
+        if isinstance(self.guide, type) or not (isinstance(self.guide, Guide | Stochastic) or callable(self.guide)):
+            raise OptionError(
+                "guide must be an object such as ppl.MeanField() or ppl.LowRank(8), or a Pyro program with the model's "
+                f"arguments, got {self.guide!r}"
+            )
+        if self.objective is not None and (isinstance(self.objective, type) or not callable(self.objective)):
+            raise OptionError(
+                "objective must be an object such as ppl.objectives.IWELBO(5), or a function of (ctx, model, guide), "
+                f"got {self.objective!r}"
+            )
         if self.steps < 1 or self.particles < 1:
             raise OptionError(f"steps and particles must be one or more, got {self.steps} and {self.particles}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -107,6 +124,15 @@ class SVI:
             raise OptionError(f"average is a share of the steps, in [0, 1), got {self.average}")
         if self.patience is not None and self.patience < 10:
             raise OptionError(f"patience must be None or at least 10 steps, got {self.patience}")
+
+    def __repr__(self) -> str:
+        """Options by name; functions by theirs, so that a run is known again in another process."""
+        parts = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            name = getattr(value, "__qualname__", None)
+            parts.append(f"{f.name}={name if name is not None and callable(value) else value!r}")
+        return f"SVI({', '.join(parts)})"
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
@@ -167,6 +193,10 @@ class SVI:
             )
         generator = generator or torch.Generator(program.device).manual_seed(seed)
         monitor = monitor or Monitor(generator=generator)
+        if self.objective is not None or not isinstance(self.guide, Guide):
+            from ppl.objectives.fit import fit_objective
+
+            return fit_objective(self, program, generator, monitor, start)  # type: ignore[return-value]
         flat = program.flat()
         guide = bound_guide(self.guide, flat)
         fit = _Fit(self, program, flat, guide, start, generator)
@@ -351,11 +381,15 @@ class _Fit:
     def _adam(self, gradient: Tensor, lr: float) -> None:
         """One step uphill."""
         self.updates = self.updates + 1
-        self.m = BETA_1 * self.m + (1 - BETA_1) * gradient
-        self.v = BETA_2 * self.v + (1 - BETA_2) * gradient.square()
-        count = int(self.updates)
-        mean, square = self.m / (1 - BETA_1**count), self.v / (1 - BETA_2**count)
-        self.theta = self.theta + lr * mean / (square.sqrt() + EPSILON)
+        self.theta, self.m, self.v = adam(self.theta, self.m, self.v, int(self.updates), gradient, lr)
+
+
+def adam(theta: Tensor, m: Tensor, v: Tensor, count: int, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One step uphill, the `count`-th: parameters and both moments after it."""
+    m = BETA_1 * m + (1 - BETA_1) * gradient
+    v = BETA_2 * v + (1 - BETA_2) * gradient.square()
+    mean, square = m / (1 - BETA_1**count), v / (1 - BETA_2**count)
+    return theta + lr * mean / (square.sqrt() + EPSILON), m, v
 
 
 def _start(guide: Guide, flat: FlatDensity, generator: torch.Generator) -> dict[str, Tensor]:
