@@ -361,17 +361,27 @@ class Program:
         new._functions = {}
         return new
 
-    def check(self, generator: torch.Generator | None = None, draws: int = 64) -> list[str]:
-        """What looks wrong, in words: data far outside the prior predictive, priors that do not reach the data.
+    def check(
+        self,
+        generator: torch.Generator | None = None,
+        draws: int = 64,
+        guide: Callable[..., Any] | None = None,
+    ) -> list[str]:
+        """What looks wrong, in words, each with its site and a cure.
+
+        Data far outside the prior predictive; parameters that leave their range at prior draws; sites that the data do
+        not depend on; branches on draws with path gradients; baselines that change with their own draw; and, where a
+        guide is given, sites, supports and minibatches that do not fit. Of many problems the first is looked at.
 
         Args:
-            generator: source of randomness for the prior predictive draws.
+            generator: source of randomness for the draws.
             draws: number of prior predictive draws.
+            guide: a Pyro guide of this model; it is called with the model's arguments.
 
         Returns:
             One sentence for each finding; an empty list when nothing was found.
         """
-        return findings(self, generator or torch.Generator(self.device).manual_seed(0), draws)
+        return findings(self, generator or torch.Generator(self.device).manual_seed(0), draws, guide)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

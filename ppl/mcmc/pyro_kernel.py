@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ppl.backend import Exactness, register
 from ppl.errors import OptionError
+from ppl.lint_guide import own_copy
 from ppl.mcmc.convergence import note_disagreement
 from ppl.mcmc.target import refuse_subsampling
 from ppl.posterior import Posterior
@@ -149,7 +149,7 @@ class Pyro:
         if isinstance(given, type) and issubclass(given, MCMCKernel | AutoGuide):
             return given(model)  # type: ignore[call-arg]
         if isinstance(given, torch.nn.Module):
-            return copy.deepcopy(given)  # each chain fits its own
+            return own_copy(given)  # each chain fits its own
         if list(inspect.signature(given).parameters) != ["model"]:
             return given
         made = given(model)
