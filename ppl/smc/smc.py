@@ -212,6 +212,8 @@ class SMC:
         run.ess.append(float(kish_ess(log_weight)))
         weights = torch.softmax(log_weight, 0)
         white = Whitening.of(run.z, weights)
+        # As weighed and not as resampled: weights that are nearly equal leave all counts at one.
+        run.shares = torch.zeros_like(weights).index_add(0, run.roots, weights)
         index = systematic(weights[None], particles, particles, 1, generator)[0].to(run.z.device)
         z, run.roots = run.z[index], run.roots[index]
 
@@ -251,6 +253,7 @@ class _Run:
     z: Tensor
     roots: Tensor
     ratio: Tensor
+    shares: Tensor  # of the first particles in the last weights
     log_z: Tensor
     beta: float = 0.0
     betas: list[float] = field(default_factory=list)
@@ -261,25 +264,25 @@ class _Run:
     def start(cls, z: Tensor) -> _Run:
         """Particles at beta = 0."""
         zero = torch.zeros((), dtype=torch.float64, device=z.device)
-        return cls(z, torch.arange(len(z), device=z.device), zero, zero)
+        return cls(z, torch.arange(len(z), device=z.device), zero, zero, zero)
 
     def pack(self) -> dict[str, Tensor]:
         """Tensors from which `unpack` builds the run again."""
         lists = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in ("betas", "ess", "accepted")}
-        return {"z": self.z, "roots": self.roots, "ratio": self.ratio, "log_z": self.log_z, **lists}
+        return {**{n: getattr(self, n) for n in ("z", "roots", "ratio", "shares", "log_z")}, **lists}
 
     @classmethod
     def unpack(cls, saved: dict[str, Tensor]) -> _Run:
         """The run that `pack` described."""
         lists = {n: saved[n].tolist() for n in ("betas", "ess", "accepted")}
         beta = lists["betas"][-1] if lists["betas"] else 0.0
-        return cls(saved["z"], saved["roots"], saved["ratio"], saved["log_z"], beta, **lists)
+        tensors = (saved[n] for n in ("z", "roots", "ratio", "shares", "log_z"))
+        return cls(*tensors, beta, **lists)
 
     @property
     def root_ess(self) -> Tensor:
         """1 / sum of the squared shares of the first particles: what the evidence is worth."""
-        shares = torch.bincount(self.roots, minlength=len(self.z)).double() / len(self.z)
-        return 1 / shares.square().sum()
+        return 1 / self.shares.square().sum()
 
 
 def next_power(ratio: Tensor, beta: float, share: float) -> float:
