@@ -66,7 +66,7 @@ def test_all_weights_are_equal_for_a_gaussian_once_every_direction_is_asked(gaus
 def test_few_directions_still_find_the_posterior(gaussian: GaussianMixture) -> None:
     """One random direction beside two measured: 40 levels leave a bias of a few per cent, the weights the rest.
 
-    Means are within 5 standard errors by root ESS and 5 % of a prior sd; eight checks of the mean, false alarm below 1e-5.
+    Means are within 5 standard errors by root ESS and 5 % of a prior sd; eight checks, false alarm below 1e-5.
     """
     program = observed(hidden(gaussian), MATRIX, 0.3, Y)
     posterior = ppl.infer(
