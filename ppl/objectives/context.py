@@ -30,7 +30,7 @@ from ppl.objectives.run import Node, Setting, run_lanes, unpad
 if TYPE_CHECKING:
     from ppl.objectives.engine import Engine
 
-__all__ = ["Context", "Draw", "Given", "Particles", "Stochastic", "logmeanexp"]
+__all__ = ["Context", "Draw", "Given", "Particles", "Stochastic", "learned", "logmeanexp"]
 
 Address = tuple[int, str]
 
@@ -411,7 +411,7 @@ class Context:
                 value = fn.sample()
         baseline = None
         if isinstance(estimator, Reinforce) and torch.is_grad_enabled():
-            baseline = _learned(address[1], estimator)
+            baseline = learned(address[1], estimator)
         return value, estimator, baseline
 
     def _total(self, nodes: Mapping[str, Node]) -> Tensor:
@@ -430,7 +430,7 @@ class Context:
         return direct(numerator, "the numerator") - reciprocal(denominator, "the denominator")
 
 
-def _learned(name: str, estimator: Reinforce) -> Tensor | None:
+def learned(name: str, estimator: Reinforce) -> Tensor | None:
     """The prediction of a learned baseline; a module is registered, so that it is trained with the guide."""
     baseline = estimator.baseline
     if isinstance(baseline, str):

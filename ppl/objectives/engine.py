@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ppl.errors import CapabilityError, NotFiniteError, OptionError, PilotlightError, ProgramError, ShapeError
-from ppl.objectives.context import Address, Context, Draw, Given, Particles, Stochastic
+from ppl.objectives.context import Address, Context, Draw, Given, Particles, Stochastic, learned
 from ppl.objectives.estimators import (
     Enumerate,
     Estimator,
@@ -493,7 +493,13 @@ class Engine:
         """Run a program once by itself: plates, ranks, parameters."""
         source = self.source(program, {})
         known = dict(program.parameters) if isinstance(program, Program) else {}
-        setting = Setting({**self.parameters, **known}, {}, {}, None, False, {}, self.dtype)
+
+        def draw(name: str, msg: Any) -> tuple[Tensor, None, Tensor | None]:
+            estimator = chosen(name, msg["fn"], msg["infer"], self.policy)
+            baseline = learned(name, estimator) if isinstance(estimator, Reinforce) else None
+            return msg["fn"].sample(), None, baseline
+
+        setting = Setting({**self.parameters, **known}, {}, {}, draw, False, {}, self.dtype)
         with torch.no_grad():
             try:
                 nodes, params = run_plain(source, setting)
