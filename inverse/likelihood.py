@@ -127,7 +127,7 @@ class Likelihood:
             return [unwrap(self.program.sites[n].distribution) for n in self.sites]
         zero = torch.zeros(self.shape, dtype=self.program.dtype, device=self.program.device)
         with torch.no_grad():
-            nodes = _observe(self, zero, scored=True).nodes
+            nodes = observe(self, zero, scored=True).nodes
         return [unwrap(nodes[n]["fn"]) for n in self.sites]
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _check_independent(likelihood: Likelihood) -> None:
         return
     first, _, second = _probes(likelihood)
     with torch.no_grad():
-        runs = [_observe(likelihood, x, scored=True).nodes for x in (first, second)]
+        runs = [observe(likelihood, x, scored=True).nodes for x in (first, second)]
         for name in moving:
             if name in likelihood.given:
                 one, other = (nodes[name]["fn"].log_prob(likelihood.given[name]) for nodes in runs)
@@ -291,9 +291,9 @@ class _Reading:
     @classmethod
     def of(cls, likelihood: Likelihood, x: Tensor, x_2: Tensor) -> _Reading:
         with torch.no_grad(), record_calls() as calls:
-            first = _observe(likelihood, x)
+            first = observe(likelihood, x)
         with torch.no_grad():
-            second, origin = _observe(likelihood, x_2), _observe(likelihood, torch.zeros_like(x))
+            second, origin = observe(likelihood, x_2), observe(likelihood, torch.zeros_like(x))
         return cls(likelihood, x, x_2, (first, second, origin), calls)
 
     def means(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +319,7 @@ def _read_gaussian(likelihood: Likelihood) -> GaussianLikelihood:
     return parts[0] if len(parts) == 1 else _stack(parts)
 
 
-def _observe(likelihood: Likelihood, x: Tensor, scored: bool = False) -> Any:
+def observe(likelihood: Likelihood, x: Tensor, scored: bool = False) -> Any:
     """Pyro's trace of one run with the sites set to x; their distributions are in it only when scored."""
     from ppl.trace import Run
 
@@ -354,6 +354,7 @@ def _read_site(name: str, whole: _Reading, alone: list[_Reading]) -> GaussianLik
         raise ProgramError(f"operator of {name!r} returns {operator.out_shape}, its site has {tuple(mean.shape)}")
     data = node["value"] - offset
     if not diagonal:
+        _check_scaled(name, noise)
         weights, keep = _scaled_and_masked(torch.ones_like(mean), node)
         if keep is not None or bool((weights != 1).any()):
             raise _NotGaussian(f"{name!r} has correlated noise under a mask or a scale, which have no common form")
@@ -371,6 +372,18 @@ def _read_site(name: str, whole: _Reading, alone: list[_Reading]) -> GaussianLik
     equal = bool((noise == noise.flatten()[0]).all())
     white_operator = Scaled(operator, 1 / noise.flatten()[0]) if equal else Compose(Diagonal(1 / noise), operator)
     return GaussianLikelihood(white_operator, data / noise, log_normaliser, operator, noise)
+
+
+def _check_scaled(name: str, factor: Tensor) -> None:
+    """Raise DataError where the noise covariance L L^T is singular to rounding."""
+    values = torch.linalg.svdvals(factor.double())
+    least = torch.finfo(factor.dtype).eps * len(values)
+    if not float(values[-1]) ** 2 > least * float(values[0]) ** 2:
+        raise DataError(
+            f"the noise covariance of {name!r} is rank-deficient or badly scaled: its standard deviations run from "
+            f"{float(values[-1]):.3g} to {float(values[0]):.3g}, too far apart for {factor.dtype}; drop data that are "
+            "combinations of others, add a little independent noise, bring the data to one scale, or use float64"
+        )
 
 
 def _scaled_and_masked(noise: Tensor, node: Any) -> tuple[Tensor, Tensor | None]:
@@ -410,7 +423,7 @@ def _operator(name: str, reading: _Reading) -> LinearOperator:
     rtol = PROBE_RTOL.get(mean.dtype, 1e-3)
 
     def mean_fn(value: Tensor) -> Tensor:
-        return mean_and_noise(name, _observe(likelihood, value).nodes[name])[0] - offset
+        return mean_and_noise(name, observe(likelihood, value).nodes[name])[0] - offset
 
     # A large point as well: what saturates looks linear near zero.
     with torch.no_grad():

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import Likelihood, read_likelihood
+from inverse.remarks import remarks
 from ppl.cost import Cost, DenoiserCounter
+from ppl.monitor import Monitor
 from ppl.program import Program
 from sde.joint import JointPrior
 
@@ -115,6 +117,14 @@ class DiffusionProblem:
             yield
         finally:
             self.prior.counters[:] = [c for c in self.prior.counters if c is not counter]
+
+    @contextmanager
+    def running(self, monitor: Monitor) -> Iterator[None]:
+        """A backend's run: denoiser calls are counted, and what draws would not show is noted."""
+        for remark in remarks(self.likelihood):
+            monitor.note(remark)
+        with self.counting(monitor.cost):
+            yield
 
     def results(self, x: Tensor) -> dict[str, Tensor]:
         """Draws by site name from values (chain, draw, *shape), with deterministic sites where there is any draw."""

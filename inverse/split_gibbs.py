@@ -257,7 +257,7 @@ def run_sweeps(
     """Warmup down the couplings, then draws at rho; resumes from a checkpoint."""
     noise, total = _ChainNoise(problem, chains, generator), options.warmup + draws * options.thin
     top, complete = problem.prior.sigma_max, True
-    with torch.no_grad(), problem.counting(monitor.cost):
+    with torch.no_grad(), problem.running(monitor):
         stored = monitor.resume()
         if stored is None:
             first, x = 0, splitting.start(chains, noise)

@@ -112,7 +112,7 @@ def run_walk(
         NotFiniteError: no chain is left.
     """
     walking = warmup + draws * thin
-    with torch.no_grad(), problem.counting(monitor.cost):
+    with torch.no_grad(), problem.running(monitor):
         walk = make()
         names, shape = walk.statistics, (chains, draws, *problem.shape)
         block = max(1, TOGETHER // chains)

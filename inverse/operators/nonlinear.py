@@ -111,6 +111,11 @@ class Clip(NonlinearOperator):
         super().__init__(in_shape, in_shape)
         self.low, self.high, self.gain = low, high, gain
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Range of the data without noise."""
+        return self.low, self.high
+
     def forward(self, x: Tensor) -> Tensor:
         """Clipped values."""
         return (self.gain * x).clamp(self.low, self.high)
@@ -135,6 +140,11 @@ class SaturatingBlur(NonlinearOperator):
             raise OptionError(f"level must be positive and finite, got {level}; for no saturation use the blur itself")
         super().__init__(blur.in_shape, blur.out_shape)
         self.blur, self.level = blur, level
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Range of the data without noise."""
+        return -self.level, self.level
 
     def forward(self, x: Tensor) -> Tensor:
         """Blurred, then saturated."""

@@ -59,6 +59,11 @@ class PhaseRetrieval(NonlinearOperator):
         dark = power == 0
         return torch.where(dark, torch.zeros_like(power), torch.where(dark, torch.ones_like(power), power).sqrt())
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Range of the data without noise."""
+        return 0.0, math.inf
+
     def equivalents(self, x: Tensor) -> Tensor:
         """Images with the same data as x: itself, -x, and both turned by 180 degrees.
 

@@ -83,7 +83,7 @@ class ParticleBackend:
     ) -> Posterior:
         """Run the engine once or more for every chain."""
         problem = self.problem(program)
-        with torch.no_grad(), problem.counting(monitor.cost):
+        with torch.no_grad(), problem.running(monitor):
             kernel = self.kernel(problem, monitor.cost)
             moves = self.rejuvenation(problem, kernel)
             found: list[tuple[Tensor, Merged]] = []

@@ -101,7 +101,7 @@ class GuidedSampler:
     ) -> Posterior:
         """Draw all chains side by side."""
         problem = DiffusionProblem.of(program)
-        with torch.no_grad(), problem.counting(monitor.cost):
+        with torch.no_grad(), problem.running(monitor):
             guide = self.guide.bind(problem, monitor.cost)
             levels = guided_levels(self, problem)
             method = _Guided(problem, guide, self.solver, levels)

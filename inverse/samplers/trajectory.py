@@ -94,7 +94,7 @@ def run_trajectories(
     monitor: Monitor,
 ) -> Posterior:
     """All draws of all chains by `run_lanes`, with the residuals and a note where they are far off the data."""
-    with torch.no_grad(), problem.counting(monitor.cost):
+    with torch.no_grad(), problem.running(monitor):
         x, complete = run_lanes(
             method,
             problem,

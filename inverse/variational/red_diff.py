@@ -132,7 +132,7 @@ class REDDiff:
     ) -> Posterior:
         """Optimise all draws side by side."""
         problem = DiffusionProblem.of(program)
-        with torch.no_grad(), problem.counting(monitor.cost):
+        with torch.no_grad(), problem.running(monitor):
             x, complete = run_lanes(
                 self._method(problem, monitor.cost),
                 problem,
