@@ -18,6 +18,8 @@ from ppl.errors import OptionError, ShapeError
 if TYPE_CHECKING:
     import pandas
 
+    from ppl.program import Program
+
 __all__ = ["Estimate", "Posterior", "SavedGuide"]
 
 
@@ -340,6 +342,36 @@ class Posterior:
             info=info,
             attrs={**self.attrs, "resampled": True},
         )
+
+    def discrete(self, program: Program, generator: torch.Generator | None = None, seed: int = 0) -> Posterior:
+        """The same draws with those of the discrete sites that the density of `program` sums out beside them.
+
+        Each is an exact draw given the other latents of its row: sums forwards, draws backwards. Deterministic sites
+        that depend on them are added too.
+
+        Args:
+            program: the program that was inferred.
+            generator: source of the randomness; made from the seed when None.
+            seed: see generator.
+
+        Raises:
+            ProgramError: a discrete site has no finite support, or a plate is subsampled.
+            OptionError: a latent of the program has no draws here.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from ppl import Program
+            >>> def model(y):
+            ...     shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            ...     k = pyro.sample("k", dist.Bernoulli(0.5))
+            ...     pyro.sample("y", dist.Normal(shift + 10.0 * k, 1.0), obs=y)
+            >>> posterior = Posterior({"shift": torch.zeros(1, 3)})
+            >>> posterior.discrete(Program(model, torch.tensor(10.0)))["k"]
+            tensor([[1., 1., 1.]])
+        """
+        from ppl.discrete import with_discrete
+
+        return with_discrete(self, program, generator or torch.Generator(program.device).manual_seed(seed))
 
     def _as_dtype(self, result: Tensor, site: str) -> Tensor:
         dtype = self.draws[site].dtype
