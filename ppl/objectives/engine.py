@@ -26,6 +26,7 @@ from ppl.objectives.estimators import (
     MeasureValued,
     Policy,
     Reinforce,
+    Reparam,
     chosen,
     defaults,
     support_of,
@@ -475,7 +476,7 @@ class Engine:
     def estimator(self, address: Address, fn: Any, infer: Mapping[str, Any]) -> Estimator | None:
         """The estimator of a site."""
         if not self.planned:
-            return chosen(address[1], fn, infer, self.policy) or Reinforce()
+            return chosen(address[1], fn, infer, self.policy) or (Reparam() if fn.has_rsample else Reinforce())
         if address not in self.plan.estimators:
             self.plan.estimators[address] = chosen(address[1], fn, infer, self.policy) or defaults(fn, 1, 0, 1)
         return self.plan.estimators[address]
