@@ -194,7 +194,7 @@ def hessian(flat: FlatDensity, z: Tensor) -> Tensor:
 
 def _polish(flat: FlatDensity, z: Tensor, monitor: Monitor) -> tuple[Tensor, Tensor]:
     """The mode by Newton's method, and the Cholesky factor of its covariance."""
-    enough = 1e-10 if z.dtype == torch.float64 else 1e-5
+    enough = 1e-14 if z.dtype == torch.float64 else 1e-6
     for _ in range(POLISH):
         monitor.cost.add(gradient_evals=1 + flat.dim)
         value, grad = flat.log_density_and_grad(z[None])
@@ -211,6 +211,7 @@ def _polish(flat: FlatDensity, z: Tensor, monitor: Monitor) -> tuple[Tensor, Ten
         move = vectors @ ((vectors.mT @ grad[0]) / values)
         decrement = float(move @ grad[0])
         if decrement < enough:
+            z = z + move
             break
         for halving in range(30):
             trial = z + 0.5**halving * move

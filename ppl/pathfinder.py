@@ -117,7 +117,7 @@ class Pathfinder:
 
     paths: int = 8
     steps: int = 200
-    memory: int = 6
+    memory: int = 10
     elbo_draws: int = 10
     oversample: int = 4
     tolerance: float = 1e-6

@@ -276,8 +276,8 @@ class _Run:
         """The run that `pack` described."""
         lists = {n: saved[n].tolist() for n in ("betas", "ess", "accepted")}
         beta = lists["betas"][-1] if lists["betas"] else 0.0
-        tensors = (saved[n] for n in ("z", "roots", "ratio", "shares", "log_z"))
-        return cls(*tensors, beta, **lists)
+        tensors = {n: saved[n] for n in ("z", "roots", "ratio", "shares", "log_z")}
+        return cls(**tensors, beta=beta, betas=lists["betas"], ess=lists["ess"], accepted=lists["accepted"])
 
     @property
     def root_ess(self) -> Tensor:
