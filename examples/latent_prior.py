@@ -58,7 +58,7 @@ comparison.show()
 
 # %% figure: data, and for each engine the mean, the standard deviation and draws of the decoded image
 
-figure, grid = plt.subplots(len(backends), 8, figsize=(9, 1.3 * len(backends)))
+figure, grid = plt.subplots(len(backends), 8, figsize=(9, 1.6 * len(backends)))
 for row, (name, posterior) in zip(grid, comparison.posteriors.items(), strict=True):
     x = posterior.sample("x", 4, torch.Generator().manual_seed(0))
     shown = [truth, torch.cat([torch.full((32,), torch.nan), y]), posterior.mean("x"), posterior.sd("x"), *x]
