@@ -14,12 +14,11 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
 
+from ppl.batched_draws import drawn_in_lanes
 from ppl.cost import Cost, DenoiserCounter
 from ppl.errors import NotFiniteError, ProgramError
 from ppl.flat import FlatDensity
@@ -31,20 +30,6 @@ from ppl.trace import Run, seeded
 __all__ = ["Pairs", "data_of", "givens"]
 
 LOST_AT_MOST = 0.01  # share of simulated rows that may fall on the border of a support
-FACTORIES = {
-    torch.empty,
-    torch.empty_like,
-    torch.zeros,
-    torch.zeros_like,
-    torch.ones,
-    torch.ones_like,
-    torch.full,
-    Tensor.new,
-    Tensor.new_empty,
-    Tensor.new_zeros,
-    Tensor.new_ones,
-    Tensor.new_full,
-}
 
 
 class Pairs:
@@ -151,7 +136,7 @@ class Pairs:
         """Latents and data of one run of the model."""
         inner = [noise[n].reshape(-1) for n in self._inner.leaves]
         run = Run(values=given, predict=True, layout=self._inner, z=torch.cat(inner) if inner else lane.new_zeros(0))
-        with _OwnMemory(lane), _ByGammas():
+        with drawn_in_lanes(lane):
             nodes = self.program.trace_one({}, self.program.shared_inputs(), run)[0].nodes
         latents = [
             noise[n] if leaf.noise else biject_to(nodes[n]["fn"].support).inv(nodes[n]["value"])
@@ -160,38 +145,6 @@ class Pairs:
         data = [nodes[n]["value"] for n in self.data_shapes]
         flat = [torch.cat([v.to(self.program.dtype).reshape(-1) for v in part]) for part in (latents, data)]
         return flat[0], flat[1]
-
-
-class _OwnMemory(TorchFunctionMode):
-    """Under vmap, new tensors belong to each lane, so that they can be filled with random numbers in place."""
-
-    def __init__(self, lane: Tensor) -> None:
-        super().__init__()
-        self.lane = lane
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.clamp_:  # vmap has a rule for the other form alone; Gamma draws use this one
-            return args[0].copy_(torch.clamp(*args, **(kwargs or {})))
-        out = func(*args, **(kwargs or {}))
-        if func in FACTORIES and isinstance(out, Tensor) and out.is_floating_point():
-            return out + self.lane.to(out.dtype)
-        return out
-
-
-class _ByGammas(Messenger):
-    """Draws Beta and Dirichlet sites from Gamma variables, because torch's own way cannot be batched."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        fn = unwrap(msg["fn"])
-        if msg["value"] is not None or msg["is_observed"] or type(fn) not in (dist.Beta, dist.Dirichlet):
-            return
-        shape = msg["fn"].shape()
-        if isinstance(fn, dist.Beta):
-            one, other = (torch._standard_gamma(c.expand(shape)) for c in (fn.concentration1, fn.concentration0))
-            msg["value"] = one / (one + other)
-        else:
-            parts = torch._standard_gamma(fn.concentration.expand(shape))
-            msg["value"] = parts / parts.sum(-1, keepdim=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Discrete sites are summed out of the prior and out of the joint density; the lik
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ppl.batched_draws import drawn_in_lanes
 from ppl.errors import ProgramError
 from ppl.flat import FlatDensity
 from ppl.sites import Layout, Leaf, unwrap
@@ -167,7 +169,9 @@ class PriorDraws:
         noise = {n: torch.randn(count, *leaf.shape, **own) for n, leaf in layout.leaves.items() if leaf.noise}
         given = {leaf.site: self.flat._build(leaf, noise[leaf.site]) for leaf in self.flat._outside}
         lane = torch.zeros(count, dtype=program.dtype, device=program.device)
-        with seeded(generator), torch.no_grad():
+        with seeded(generator), torch.no_grad(), warnings.catch_warnings():
+            # Where vmap has no rule of its own it loops over the lanes, which is still faster than Pyro does.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             if self._batched:
                 state = torch.random.get_rng_state()
                 try:
@@ -185,7 +189,8 @@ class PriorDraws:
         """One run of the model: its latents, unconstrained."""
         inner = [noise[n].reshape(-1) for n in self._inner.leaves]
         run = Run(values=given, layout=self._inner, z=torch.cat(inner) if inner else lane.new_zeros(0))
-        nodes = self.program.trace_one({}, self.program.shared_inputs(), run)[0].nodes
+        with drawn_in_lanes(lane):
+            nodes = self.program.trace_one({}, self.program.shared_inputs(), run)[0].nodes
         parts = [
             noise[n] if leaf.noise else biject_to(nodes[n]["fn"].support).inv(nodes[n]["value"])
             for n, leaf in self.flat.layout.leaves.items()
