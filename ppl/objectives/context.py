@@ -245,9 +245,9 @@ class Context:
         if isinstance(program, Stochastic):
             return program.density(self, draw, frozen=frozen)
         call = self._next()
+        self.engine.match(program, draw)
         given = self._padded(draw)
         nodes = self._run(program, call, given, draw=False, detach=False, simulate=False, frozen=frozen)
-        self.engine.match(program, nodes, draw)
         self.scored.extend((n, node.raw) for n, node in nodes.items())
         return Exact(self._total(nodes))
 

@@ -468,10 +468,10 @@ class Engine:
                 return nodes[name].event_dim
         return 0
 
-    def match(self, program: Any, nodes: Mapping[str, Node], draw: Draw) -> None:
+    def match(self, program: Any, draw: Draw) -> None:
         """Check that values fit the sites of a program; once, in the dry run."""
-        if not self.planned:
-            match("model" if program is self.model else "program", nodes, draw)
+        if not self.planned and not isinstance(program, Given):
+            match("model" if program is self.model else "program", self.nodes(program), draw)
 
     def estimator(self, address: Address, fn: Any, infer: Mapping[str, Any]) -> Estimator | None:
         """The estimator of a site."""
@@ -496,7 +496,7 @@ class Engine:
         known = dict(program.parameters) if isinstance(program, Program) else {}
 
         def draw(name: str, msg: Any) -> tuple[Tensor, None, Tensor | None]:
-            estimator = chosen(name, msg["fn"], msg["infer"], self.policy)
+            estimator = None if program is self.model else chosen(name, msg["fn"], msg["infer"], self.policy)
             baseline = learned(name, estimator) if isinstance(estimator, Reinforce) else None
             return msg["fn"].sample(), None, baseline
 
@@ -570,13 +570,15 @@ class Engine:
     def _make_plan(self) -> None:
         """One dry run: plates that all sites share, estimators, joint states."""
         self._lanes_of: dict[Address, int] = {}
-        with torch.no_grad(), seeded(self._generator), settings(self.dtype, validate=False):
-            ctx = Context(self, self.parameters, 2, {}, {}, {})
+        # With gradients, so that estimators can see which parameters have one.
+        params = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
+        with torch.enable_grad(), seeded(self._generator), settings(self.dtype, validate=False):
+            ctx = Context(self, params, 2, {}, {}, {})
             try:
                 value = self.objective(ctx, self.model, self.guide)
             except _Disagreement:
                 self._looping()
-                ctx = Context(self, self.parameters, 2, {}, {}, {})
+                ctx = Context(self, params, 2, {}, {}, {})
                 value = self.objective(ctx, self.model, self.guide)
             if isinstance(value, Tensor) and value.ndim > 1:
                 raise ShapeError(

@@ -160,7 +160,7 @@ def able(fn: Any) -> list[type]:
         found.append(Enumerate)
     if has_arms(fn):
         found.append(MeasureValued)
-    if not _moving(fn) and not isinstance(unwrap(fn), torch.distributions.Uniform):
+    if not _moving(fn):
         found.append(Reinforce)
     return found
 

@@ -177,7 +177,7 @@ def test_one_logarithm_for_all_data_is_another_bound() -> None:
     program, half = ppl.Program(batch_model, DATA), {"data": torch.tensor([0, 1])}
     right = Engine(IWELBO(3), program, batch_guide, policy={"z": "enum"}).gradient(subsample=half).value
     engine = Engine(pooled, program, batch_guide, policy={"z": "reinforce"})
-    differs(measure(engine, "value", 5000, 20, subsample=half), float(right))
+    differs(measure(engine, "value", 40000, 20, subsample=half), float(right))
 
 
 # The noisy cone
