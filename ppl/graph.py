@@ -31,6 +31,8 @@ Batching = Literal["auto", "graph", "vmap", "loop"]
 Compile = Literal["auto", "never", "inductor"]
 
 CAPTURE_AFTER = 4  # calls at one lane count before a dedicated graph is worth its capture
+LONG_NODES = 2000  # of one draw, such as loops of hundreds of steps: seconds to minutes to capture for many draws
+LONG_CAPTURE_AFTER = 100
 COMPILE_NODES = 6000  # above this the compiler takes minutes; the graph runs as it is
 
 
@@ -88,6 +90,7 @@ class LaneFunction:
         self.notes: list[str] = []
         self.keep: Any = None  # what must live as long as this function
         self.nodes = 0
+        self._trace_seconds = 0.0
         self._one: Callable[..., Sequence[Tensor]] = self._flat
         self.batching: str = "loop"
         if batching != "loop":
@@ -123,6 +126,8 @@ class LaneFunction:
         if self.batching == "loop" or runner.kind == "inductor":
             return runner.kind if runner.kind == "inductor" else self.batching
         args = self._args(lane, shared)
+        if runner.kind == "vmap" and not self._worth_capturing(runner, args, calls):
+            return runner.kind
         self._freeze(runner, args)
         if runner.kind == "graph" and self._worth_compiling(runner, args, calls):
             self._inductor(runner, args)
@@ -146,7 +151,8 @@ class LaneFunction:
             runner = self._runners[key] = self._plain(wrt)
         args = self._args(lane, shared)
         runner.uses += 1
-        if runner.uses == CAPTURE_AFTER and runner.kind == "vmap" and self.batching != "loop":
+        after = CAPTURE_AFTER if self.nodes <= LONG_NODES else LONG_CAPTURE_AFTER
+        if runner.uses == after and runner.kind == "vmap" and self.batching != "loop":
             self._freeze(runner, args)
             if self.compile == "inductor":
                 self._inductor(runner, args)
@@ -226,6 +232,26 @@ class LaneFunction:
         runner.graph = graph if parts is None else parts[1]
         runner.call, runner.kind, runner.nodes = call, "graph", len(runner.graph.graph.nodes)
 
+    def _worth_capturing(self, runner: _Runner, args: list[Tensor], calls: int) -> bool:
+        """Whether the calls to come repay a graph for this lane count: it halves the time of a call."""
+        if self.nodes <= LONG_NODES or self.compile == "inductor":
+            return True
+        start = time.perf_counter()
+        with torch.no_grad():
+            runner.call(*args)
+        per_call, capture = time.perf_counter() - start, 3 * self._trace_seconds
+        pays = 0.5 * per_call * calls > capture
+        self.notes.append(
+            f"one draw takes {self.nodes} operations, as loops of many steps do: "
+            + (
+                "its graph was captured for all draws at once"
+                if pays
+                else "its graph runs under vmap, not captured anew"
+            )
+            + f" ({calls} calls of {per_call:.2g} s to come, capture about {capture:.2g} s)"
+        )
+        return pays
+
     def _worth_compiling(self, runner: _Runner, args: list[Tensor], calls: int) -> bool:
         """Whether the calls to come repay the compiler: about 3 s and 5 ms a node, for a call several times faster."""
         if self.compile != "auto":
@@ -292,6 +318,7 @@ class LaneFunction:
 
     def _trace_one(self, lane: Inputs, shared: Inputs) -> fx.GraphModule:
         args = self._args(lane, shared)
+        start = time.perf_counter()
         graph = make_fx(self._flat)(*args)
         if not out_of_place(graph):
             # Writes such as `out[t] = x`: traced again without them, so that they can be vmapped and have gradients.
@@ -306,7 +333,7 @@ class LaneFunction:
                     f"{node.target}). Make the draw a site, pass it as data, or put dropout and batch norm in "
                     "eval mode."
                 )
-        self.nodes = len(graph.graph.nodes)
+        self.nodes, self._trace_seconds = len(graph.graph.nodes), time.perf_counter() - start
         return graph
 
     def _check(self, lane: Inputs, shared: Inputs, probes: Sequence[tuple[Inputs, Inputs]]) -> None:
