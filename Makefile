@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint slow bench bench-exact bench-inverse clean
+.PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,6 +45,18 @@ bench-inverse: export OMP_NUM_THREADS = 1
 bench-inverse: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.inverse
 	.venv-bench/bin/python -m benchmarks.inverse --speed
+
+# NumPyro brings jax, so it gets an environment of its own too; pytest because the models are those of a test.
+.venv-mcmc/.installed: pyproject.toml constraints.txt
+	test -x .venv-mcmc/bin/python || $(PYTHON) -m venv .venv-mcmc
+	.venv-mcmc/bin/python -m pip install --quiet --constraint constraints.txt --editable . torch==2.13.0 pytest 'numpyro==0.22.*'
+	touch $@
+
+# Results go to runs/mcmc.jsonl, and a second call goes on where the first stopped.
+bench-mcmc: export OMP_NUM_THREADS = 1
+bench-mcmc: .venv-mcmc/.installed
+	.venv-mcmc/bin/python -m benchmarks.mcmc
+	.venv-mcmc/bin/python -m benchmarks.mcmc --chains-cost
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info demo
