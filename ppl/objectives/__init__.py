@@ -6,7 +6,7 @@ from ppl.objectives.bounds import DIWHVI, ELBO, HVI, IWELBO, IWHVI, VIMCO, Renyi
 from ppl.objectives.context import Context, Draw, Particles, Stochastic, logmeanexp
 from ppl.objectives.density import Direct, Exact, LogDensity, Reciprocal
 from ppl.objectives.engine import Engine, Gradient, gradient
-from ppl.objectives.estimators import Enumerate, MeasureValued, Reinforce, Reparam
+from ppl.objectives.estimators import Enumerate, MeasureValued, Rebar, Reinforce, Reparam
 from ppl.objectives.expectation import Expectation
 from ppl.objectives.path import DReG, StickingTheLanding
 from ppl.objectives.stochastic import SIR, Marginal, Normalize
@@ -35,6 +35,7 @@ __all__ = [
     "MeasureValued",
     "Normalize",
     "Particles",
+    "Rebar",
     "Reciprocal",
     "Reinforce",
     "Renyi",

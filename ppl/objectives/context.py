@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ppl.errors import OptionError, ShapeError
 from ppl.objectives.density import Direct, Exact, LogDensity, direct, reciprocal
-from ppl.objectives.estimators import Estimator, Reinforce, Reparam
+from ppl.objectives.estimators import Estimator, Rebar, Reinforce, Reparam
+from ppl.objectives.relaxed import relaxed_draw
 from ppl.objectives.run import Node, Setting, run_lanes, unpad
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Context:
         self.seen: dict[Address, tuple[Any, Mapping[str, Any]]] = {}
         self.frames: list[tuple[Any, ...]] = []
         self.data: dict[str, Tensor] = {}
+        self.relaxed: dict[Address, list[Tensor]] = {}
 
     # Axes ------------------------------------------------------------------------------------------------------------
 
@@ -404,7 +406,11 @@ class Context:
             self._seed(address)
         else:
             self._seed((*address, lane[0]))
-        if isinstance(estimator, Reparam):
+        if isinstance(estimator, Rebar):
+            if lane is not None:
+                raise OptionError(f"site {address[1]!r}: Rebar needs programs that run in one batch; use Reinforce")
+            value, *self.relaxed[address] = relaxed_draw(fn, estimator.temperature)
+        elif isinstance(estimator, Reparam):
             value = fn.rsample()
         else:
             with torch.no_grad():

@@ -25,6 +25,7 @@ from ppl.objectives.estimators import (
     Estimator,
     MeasureValued,
     Policy,
+    Rebar,
     Reinforce,
     Reparam,
     chosen,
@@ -215,6 +216,10 @@ class Engine:
             for address, (node, axes) in ctx.sites.items():
                 if isinstance(node.estimator, Reinforce):
                     total = total + self._score(address, node, axes, whole, samples, arms)
+                elif isinstance(node.estimator, Rebar):
+                    soft, given = (node.estimator.scale * cost({address: x})[0] for x in ctx.relaxed[address])
+                    total = total + self._score(address, node, axes, whole - given, samples, arms) + soft - given
+                    total = total - (soft - given).detach()
                 elif isinstance(node.estimator, MeasureValued) and node.arms:
                     total = total + self._measure(address, node, whole, lambda extra: cost(extra)[0])
             outer = plan.scale / samples
@@ -277,8 +282,7 @@ class Engine:
         self, address: Address, node: Node, axes: tuple[Particles, ...], whole: Tensor, samples: int, arms: int
     ) -> Tensor:
         """sg(F - b) log q, with value zero; plus the regression of a learned baseline."""
-        estimator = node.estimator
-        assert isinstance(estimator, Reinforce)
+        estimator = node.estimator if isinstance(node.estimator, Reinforce) else Reinforce("none")
         fixed = whole.detach()
         lanes = len(axes) + 1
         place = self.spread(fixed.reshape(*(1,) * len(axes), *fixed.shape), lanes)
@@ -616,6 +620,13 @@ class Engine:
                 self.plan.shapes[address] = tuple(shape[i] if i in free else 1 for i in range(len(shape)))
             self.plan.estimators[address] = estimator
         self.planned = True
+        kinds = {name: type(self.plan.estimators[c, name]) for c, name in self.plan.estimators}
+        others = [n for n, kind in kinds.items() if kind not in (Rebar, Reparam)]
+        if Rebar in kinds.values() and (others or list(kinds.values()).count(Rebar) > 1):
+            raise CapabilityError(
+                f"Rebar is unbiased for one site beside reparameterised ones, but these are {sorted(kinds)}; use "
+                '"reinforce", "mvd" or "enum" for all but the reparameterised'
+            )
 
     def _shared(self, frames: Sequence[tuple[Any, ...]]) -> None:
         """The vectorised plates around every site."""

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from ppl.errors import CapabilityError, OptionError
 from ppl.objectives.measure_valued import has_arms
+from ppl.objectives.relaxed import can_relax
 from ppl.sites import unwrap
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Estimator",
     "MeasureValued",
     "Policy",
+    "Rebar",
     "Reinforce",
     "Reparam",
     "chosen",
@@ -101,7 +103,29 @@ class MeasureValued:
             raise OptionError(f"limit must be one coordinate or more, got {self.limit}")
 
 
-Estimator = Reparam | Reinforce | Enumerate | MeasureValued
+@dataclass(frozen=True)
+class Rebar:
+    """The score with a relaxed draw as control variate, for Bernoulli and OneHotCategorical; see `relaxed`.
+
+    The cost must be defined between the states. No other site may take a score, arms or enumeration.
+
+    Args:
+        temperature: of the relaxation; above zero.
+        scale: of the control variate.
+
+    Raises:
+        OptionError: the temperature is not positive.
+    """
+
+    temperature: float = 0.5
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise OptionError(f"temperature must be positive, got {self.temperature}")
+
+
+Estimator = Reparam | Reinforce | Enumerate | MeasureValued | Rebar
 Policy = Mapping[str, Any] | Callable[[str, Any], Any]
 
 NAMES: dict[str, Estimator] = {
@@ -113,17 +137,18 @@ NAMES: dict[str, Estimator] = {
     "decaying_average": Reinforce("decaying_average"),
     "enum": Enumerate(),
     "mvd": MeasureValued(),
+    "rebar": Rebar(),
 }
 STATES, LANES = 8, 32  # up to which sites are enumerated, or measured, unasked
 
 
 def as_estimator(given: Any, name: str) -> Estimator:
     """An estimator from its name or itself."""
-    if isinstance(given, Reparam | Reinforce | Enumerate | MeasureValued):
+    if isinstance(given, Estimator):
         return given
     if isinstance(given, str) and given in NAMES:
         return NAMES[given]
-    if isinstance(given, type) and issubclass(given, Reparam | Reinforce | Enumerate | MeasureValued):
+    if isinstance(given, type) and issubclass(given, Estimator):
         return given()
     raise OptionError(f"site {name!r}: unknown estimator {given!r}; the names are {list(NAMES)}")
 
@@ -162,6 +187,8 @@ def able(fn: Any) -> list[type]:
         found.append(MeasureValued)
     if not _moving(fn):
         found.append(Reinforce)
+    if can_relax(fn):
+        found.append(Rebar)
     return found
 
 
@@ -219,11 +246,19 @@ def _why(estimator: Estimator, fn: Any) -> str:
         return " (its draws are not differentiable)"
     if isinstance(estimator, Reinforce):
         return " (its support may move with its parameters)"
+    if isinstance(estimator, Rebar):
+        return " (it has no relaxation)"
     return " (no measure-valued derivative in closed form)"
 
 
 def _name(kind: type) -> str:
-    return {Reparam: '"reparam"', Enumerate: '"enum"', MeasureValued: '"mvd"', Reinforce: '"reinforce"'}[kind]
+    return {
+        Reparam: '"reparam"',
+        Enumerate: '"enum"',
+        MeasureValued: '"mvd"',
+        Reinforce: '"reinforce"',
+        Rebar: '"rebar"',
+    }[kind]
 
 
 def _pyro_baseline(options: Mapping[str, Any]) -> Reinforce:

@@ -107,7 +107,7 @@ def test_shapes_that_do_not_match() -> None:
 @pytest.mark.parametrize(
     ("fn", "estimator", "works"),
     [
-        (dist.Bernoulli(0.5), "reparam", r'"enum", "mvd", "reinforce"'),
+        (dist.Bernoulli(0.5), "reparam", r'"enum", "mvd", "reinforce", "rebar"'),
         (dist.Poisson(2.0), "enum", r'"mvd", "reinforce"'),
         (dist.Beta(2.0, 2.0), "mvd", r'"reparam", "reinforce"'),
         (dist.Normal(0.0, 1.0), "enum", r'"reparam", "mvd", "reinforce"'),

@@ -26,12 +26,14 @@ from objective_cases import (
 from torch import Tensor
 
 import ppl
+from ppl.errors import CapabilityError
 from ppl.objectives import (
     ELBO,
     IWELBO,
     VIMCO,
     Engine,
     MeasureValued,
+    Rebar,
     Reinforce,
     StickingTheLanding,
     logmeanexp,
@@ -312,3 +314,39 @@ def test_default_policy() -> None:
     found = engine.gradient(samples=3).gradient
     assert bool((found["c"] - 1).abs().max() < 1e-12)  # f(1) - f(0) = 1 for every draw
     assert isinstance(next(e for (_, s), e in engine.plan.estimators.items() if s == "c"), MeasureValued)
+
+
+# Relaxed control variates
+
+
+@pytest.mark.parametrize("estimator", [Rebar(), Rebar(1.0, 0.7)], ids=repr)
+@pytest.mark.parametrize("particles", [1, 2])
+def test_rebar_is_unbiased_at_any_temperature(estimator: Any, particles: int) -> None:
+    _, grad = switch_exact(particles, lambda w: logmeanexp(w))
+    engine = Engine(IWELBO(particles), switch_program(), switch_guide, policy={"z": estimator})
+    agrees(measure(engine, "a", 8000), grad, 0.2)
+
+
+def test_rebar_of_a_one_hot_choice() -> None:
+    """Three states, the draw given its largest by truncated Gumbels."""
+    pi = torch.tensor([0.2, 0.5, 0.3], dtype=D)
+    values = torch.tensor([1.0, -2.0, 5.0], dtype=D)
+
+    def guide() -> None:
+        pyro.sample("v", dist.OneHotCategorical(logits=pyro.param("logits", pi.log())), infer={"estimator": "rebar"})
+
+    f = values.sin()
+    truth = pi * (f - (pi * f).sum())
+    engine = Engine(cost(lambda v: (v * values).sum(-1).sin()), None, guide, dtype=D)
+    found = measure(engine, "logits", 4000)
+    assert bool(((found.mean - truth).abs() < 4 * found.stderr).all())
+    assert float(found.stderr.max()) < 0.01
+
+
+def test_rebar_beside_other_scores_is_refused() -> None:
+    def guide() -> None:
+        b = pyro.sample("b", dist.Bernoulli(pyro.param("p", real(0.4))), infer={"estimator": "rebar"})
+        pyro.sample("v", dist.Bernoulli(0.2 + 0.5 * b), infer={"estimator": "reinforce"})
+
+    with pytest.raises(CapabilityError, match="Rebar is unbiased for one site"):
+        Engine(cost(lambda v: v), None, guide, dtype=D)
