@@ -58,8 +58,10 @@ def with_discrete(posterior: Posterior, program: Program, generator: torch.Gener
         for i, shape in enumerate(shapes)
     }
 
+    names = tuple(noise)  # the function is kept by the program, and must not keep the noise
+
     def one(lane: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _draw(program, lane, shared, wanted, [lane[n] for n in noise])
+        return _draw(program, lane, shared, wanted, [lane[n] for n in names])
 
     everything = program.lane_inputs({**values, **noise})
     function = program.lane_function(("discrete", tuple(wanted), tuple(values)), one, {**values, **noise})
