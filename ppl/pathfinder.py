@@ -86,8 +86,9 @@ class Pathfinder:
     """Fast approximate draws: several paths uphill, a normal from each, importance resampling over their mixture.
 
     Weights are relative to the mixture of all paths, so that a path that ended in a minor mode takes little. `fit`
-    gives the mixture as a fitted guide: a proposal for `ppl.Importance`, a start for `ppl.SMC`. Draws are resampled;
-    `info["root_ess"]` is what their weights were worth, and k-hat above 0.7 says that they are not the posterior's.
+    gives the mixture as a fitted guide: a proposal for `ppl.Importance`, a start for `ppl.SMC` and for chains
+    (`ppl.NUTS(init=ppl.Pathfinder())`). Draws are resampled; `info["root_ess"]` is what their weights were worth, and
+    k-hat above 0.7 says that they are not the posterior's.
 
     Args:
         paths: ways uphill, from random points, in one batch.

@@ -113,7 +113,10 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.GuidedSampler(inverse.PiGDMGuide(), inverse.TwistedSMC().solver, steps=4), linear),
     ],
     "FreeDoM": [(inverse.FreeDoM(steps=4, travel_repeats=2), linear), (inverse.FreeDoM(4, "alpha"), linear)],
-    "HMC": [(ppl.HMC(warmup=20, max_steps=8), plain)],
+    "HMC": [
+        (ppl.HMC(warmup=20, max_steps=8), plain),
+        (ppl.HMC(warmup=20, max_steps=8, init=ppl.Pathfinder(paths=2, steps=8)), plain),
+    ],
     "Importance": [
         (ppl.Importance(), plain),
         (ppl.Importance(ppl.SVI(steps=8), smooth=True), gaussian),
@@ -124,7 +127,7 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "MGPS": [(inverse.MGPS(steps=4, fit_steps=2), linear), (inverse.MGPS(steps=4, warm_start=False), linear)],
     "MPGD": [(inverse.MPGD(steps=4), linear), (inverse.MPGD(4, "norm", travel_repeats=2), linear)],
     "MomentMatching": [(inverse.MomentMatching(steps=3), linear)],
-    "NUTS": [(ppl.NUTS(warmup=10), plain)],
+    "NUTS": [(ppl.NUTS(warmup=10), plain), (ppl.NUTS(warmup=10, init=ppl.Pathfinder(paths=2, steps=40)), plain)],
     "NoiseSpace": [
         (ppl.NoiseSpace(ppl.HMC(warmup=20, max_steps=8)), linear),
         (ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ppl.backend import Exactness, register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, Moments, windows
 from ppl.mcmc.chees import TrajectoryLength, halton_jitter, quarter_turn
+from ppl.mcmc.starts import StartingPoints, check_init
 from ppl.mcmc.target import fixed_density, posterior_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class HMC:
         length: trajectory length in preconditioned units; learned when None.
         max_steps: leapfrog steps of a trajectory at most.
         radius: chains start uniformly in [-radius, radius] on unconstrained space (noise sites: from their prior).
+        init: where chains start instead: a fitted guide, or a backend that fits one, such as `ppl.Pathfinder()`. Chains
+            that start close together see less of what they disagree about.
 
     Raises:
         OptionError: an option is out of range.
@@ -80,6 +83,7 @@ class HMC:
     length: float | None = None
     max_steps: int = 512
     radius: float = 2.0
+    init: Any = None
 
     exact: ClassVar[Exactness] = "in_the_limit"
     limit: ClassVar[tuple[str, ...]] = ("draws",)
@@ -101,6 +105,7 @@ class HMC:
             raise OptionError(f"length must be positive, or None to learn it, got {self.length!r}")
         if not self.radius >= 0:
             raise OptionError(f"radius must be zero or more, got {self.radius!r}")
+        check_init(self.init)
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
@@ -168,7 +173,9 @@ class _Walk:
 
     def begin(self) -> None:
         """Starting points and a first guess of the step size."""
-        self.z = self.flat.initial(self.lanes, self.generator, self.options.radius)
+        options = self.options
+        start = StartingPoints(self.flat, options.init, options.radius, self.monitor, self.generator)
+        self.z = start(self.lanes, self.generator)
         self.lp, self.grad = self._evaluate(self.z)
         self.adapt = DualAveraging.start(self._first_step(), GAMMA)
         self.moments = self._moments(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ppl.backend import Exactness, register
 from ppl.errors import OptionError, ProgramError
+from ppl.mcmc.starts import StartingPoints, check_init
 from ppl.mcmc.target import fixed_density, posterior_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class NUTS:
         low_rank: learn a low-rank correction to the diagonal mass matrix, for strong correlations.
         cores: chains that run at the same time, in threads; results do not depend on it.
         radius: chains start uniformly in [-radius, radius] on unconstrained space (noise sites: from their prior).
+        init: where chains start instead: a fitted guide, or a backend that fits one, such as `ppl.Pathfinder()`. Chains
+            that start close together see less of what they disagree about.
 
     Raises:
         OptionError: an option is out of range.
@@ -87,6 +90,7 @@ class NUTS:
     low_rank: bool = False
     cores: int = 1
     radius: float = 2.0
+    init: Any = None
 
     exact: ClassVar[Exactness] = "in_the_limit"
     limit: ClassVar[tuple[str, ...]] = ("draws",)
@@ -104,12 +108,14 @@ class NUTS:
             raise OptionError(f"target_accept must lie between 0 and 1, got {self.target_accept!r}")
         if not self.radius >= 0:
             raise OptionError(f"radius must be zero or more, got {self.radius!r}")
+        check_init(self.init)
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
         """Run the chains; see `ppl.infer`."""
         flat = fixed_density(program, "NUTS", monitor)
+        begin = StartingPoints(flat, self.init, self.radius, monitor, generator)
         seeds = torch.randint(2**31 - 1, (chains,), generator=generator, device=generator.device).tolist()
         done: dict[int, dict[str, Tensor]] = {}
         for i in range(chains):
@@ -120,7 +126,7 @@ class NUTS:
         cores = self.cores
         partial: list[dict[str, Tensor]] = []
         if waiting:
-            starts = {i: flat.initial(1, _generator(program, seeds[i]), self.radius) for i in waiting}
+            starts = {i: begin(1, _generator(program, seeds[i])) for i in waiting}
             kind = flat.prepare(starts[waiting[0]], GRADIENTS_PER_DRAW * len(waiting) * (self.warmup + draws))
             if cores > 1 and kind not in ("graph", "inductor"):
                 monitor.note(f"cores={cores} ignored: the model runs as Python code ({kind}), one chain at a time")

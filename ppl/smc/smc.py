@@ -20,7 +20,7 @@ from ppl.diagnostics.ess import kish_ess, merge_root_ess
 from ppl.errors import NotFiniteError, OptionError, ProgramError
 from ppl.mcmc.target import fixed_density
 from ppl.posterior import Estimate, Posterior
-from ppl.smc.moves import Moves, Whitening
+from ppl.smc.moves import CrossedWhitening, Moves
 from ppl.smc.reference import Reference, check_source, in_chunks, reference_of
 from ppl.weighted import systematic
 
@@ -211,10 +211,10 @@ class SMC:
         run.log_z = run.log_z + torch.logsumexp(log_weight, 0) - math.log(particles)
         run.ess.append(float(kish_ess(log_weight)))
         weights = torch.softmax(log_weight, 0)
-        white = Whitening.of(run.z, weights)
         # As weighed and not as resampled: weights that are nearly equal leave all counts at one.
         run.shares = torch.zeros_like(weights).index_add(0, run.roots, weights)
         index = systematic(weights[None], particles, particles, 1, generator)[0].to(run.z.device)
+        white = CrossedWhitening.of(run.z, weights, run.roots % 2 == 1, run.roots[index] % 2 == 1)
         z, run.roots = run.z[index], run.roots[index]
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
