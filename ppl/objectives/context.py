@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from ppl.errors import OptionError, ShapeError
 from ppl.objectives.density import Direct, Exact, LogDensity, direct, reciprocal
 from ppl.objectives.estimators import Estimator, Rebar, Reinforce, Reparam
+from ppl.objectives.noise import SharedNoise
 from ppl.objectives.relaxed import relaxed_draw
 from ppl.objectives.run import Node, Setting, run_lanes, unpad
 
@@ -140,6 +141,7 @@ class Context:
         seeds: seed of each site's draw, kept over evaluations that must share their noise.
         indices: indices of subsampled plates.
         forced: values by address, in place of draws.
+        states: joint states of the enumerated sites, which are samples of their own.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class Context:
         seeds: dict[Any, int],
         indices: dict[str, Tensor],
         forced: Mapping[Address, Tensor],
+        states: int = 1,
     ) -> None:
         self.engine, self.params, self.samples = engine, params, samples
         self.seeds, self.indices, self.forced = seeds, indices, forced
@@ -161,6 +164,7 @@ class Context:
         self.frames: list[tuple[Any, ...]] = []
         self.data: dict[str, Tensor] = {}
         self.relaxed: dict[Address, list[Tensor]] = {}
+        self.states = states
 
     # Axes ------------------------------------------------------------------------------------------------------------
 
@@ -411,7 +415,9 @@ class Context:
                 raise OptionError(f"site {address[1]!r}: Rebar needs programs that run in one batch; use Reinforce")
             value, *self.relaxed[address] = relaxed_draw(fn, estimator.temperature)
         elif isinstance(estimator, Reparam):
-            value = fn.rsample()
+            shared = lane is None and self.states > 1
+            with SharedNoise(len(self.axes), self.states) if shared else nullcontext():
+                value = fn.rsample()
         else:
             with torch.no_grad():
                 value = fn.sample()

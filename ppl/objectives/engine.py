@@ -205,7 +205,7 @@ class Engine:
             indices = dict(subsample or {})
 
             def cost(extra: Mapping[Address, Tensor]) -> tuple[Tensor, Context]:
-                ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra})
+                ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra}, arms)
                 value = self._value(ctx)
                 weight = self._weight(ctx)
                 return (value if weight is None else weight * value), ctx
@@ -236,7 +236,9 @@ class Engine:
         self._generator = generator or torch.Generator(self.device).manual_seed(seed)
         with torch.no_grad(), seeded(self._generator), settings(self.dtype, validate=False):
             arms = math.prod(len(self.plan.states[a]) ** math.prod(self.plan.shapes[a]) for a in self.plan.states)
-            ctx = Context(self, dict(params or self.parameters), samples * arms, {}, {}, self._assignments(samples))
+            ctx = Context(
+                self, dict(params or self.parameters), samples * arms, {}, {}, self._assignments(samples), arms
+            )
             ctx_value = self._value(ctx)
             weight = self._weight(ctx)
             whole = ctx_value if weight is None else ctx_value * weight
