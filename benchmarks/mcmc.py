@@ -92,7 +92,10 @@ def ours(engine: str, program: Any, sites: list[str], seed: int) -> Callable[[],
 def pyros(program: Any, sites: list[str], seed: int) -> Callable[[], dict[str, Any]]:
     import pyro
 
+    from ppl.trace import Run, set_values
+
     warmup, draws, chains = LENGTH["Pyro NUTS"]
+    model = set_values(Run(), program.model)  # Pyro cannot draw from improper priors, with which it would start
     args, kwargs = program.arguments.call({})
 
     def run() -> dict[str, Any]:
@@ -100,7 +103,7 @@ def pyros(program: Any, sites: list[str], seed: int) -> Callable[[], dict[str, A
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            kernel = pyro.infer.NUTS(program.model)
+            kernel = pyro.infer.NUTS(model)
             mcmc = pyro.infer.MCMC(
                 kernel, num_samples=draws, warmup_steps=warmup, num_chains=chains, disable_progbar=True
             )
