@@ -56,7 +56,7 @@ class CheckpointError(PilotlightError, RuntimeError):
     """A checkpoint or a saved result is damaged or belongs to another run."""
 
 
-class ContractError(PilotlightError, TypeError):
+class ContractError(PilotlightError, ValueError):
     """An estimate of a density stands where one of its reciprocal is needed, or the other way round."""
 
 

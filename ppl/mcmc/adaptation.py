@@ -47,9 +47,9 @@ class DualAveraging:
     gamma: float = 0.05
 
     @classmethod
-    def start(cls, step: Tensor, gamma: float = 0.05) -> DualAveraging:
-        """Begin, or begin anew, at step sizes (problem,)."""
-        return cls(step.log(), step.log(), torch.zeros_like(step), (10 * step).log(), gamma=gamma)
+    def start(cls, step: Tensor, gamma: float = 0.05, ambition: float = 10.0) -> DualAveraging:
+        """Begin, or begin anew, at step sizes (problem,), pulled to `ambition` times as large ones."""
+        return cls(step.log(), step.log(), torch.zeros_like(step), (ambition * step).log(), gamma=gamma)
 
     def update(self, accept: Tensor, target: float) -> None:
         """Take in the acceptance (problem,) of one transition."""
@@ -122,13 +122,16 @@ def _widest(x: Tensor, rounds: int = 30) -> Tensor:
 def windows(warmup: int) -> list[tuple[int, int]]:
     """Where mass matrices are learned: [start, stop) of each window, doubling, between a start and an end phase.
 
+    The end phase is a tenth, but not below 30 transitions where a third of the warmup has as many: a step size that is
+    learned anew for the last mass matrix needs them.
+
     Example:
         >>> windows(500)
         [(75, 100), (100, 150), (150, 250), (250, 450)]
-        >>> windows(20)
-        [(3, 18)]
+        >>> windows(60)
+        [(9, 40)]
     """
-    start, end = round(0.15 * warmup), warmup - max(round(0.1 * warmup), 1)
+    start, end = round(0.15 * warmup), warmup - max(round(0.1 * warmup), min(30, warmup // 3), 1)
     out, size = [], 25
     while start < end:
         # The last window takes what is left, when the one after it would not fit.

@@ -334,7 +334,8 @@ class _Walk:
             if options.length is None and not (self.climbs and self._window):
                 mean = self.z.reshape(self.problems, self.chains, -1).mean(1)
                 self.trajectory = TrajectoryLength.start(quarter_turn(widest), mean)
-            self.adapt = DualAveraging.start(self._first_step(), GAMMA)
+            # No leap upwards: with the few transitions that may be left, their average would stay above what moves.
+            self.adapt = DualAveraging.start(self._first_step(), GAMMA, ambition=1.0)
             self.moments = self._moments(self._window + 1)
 
     def _store(self, row: int, moved: Tensor, accept: Tensor, energy: Tensor, size: Tensor, steps: Tensor) -> None:
