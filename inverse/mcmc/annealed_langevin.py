@@ -240,11 +240,10 @@ class _Annealed:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step needs."""
-        adapt = {n: getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
         own = {"sums": self.sums, "products": self.products, "gone": self.gone, "count": torch.tensor(self.count)}
         if self.replicas.metric.root is not None:
             own["base"] = self._base
-        own |= {f"adapt.{n}": v for n, v in adapt.items()} | {"adapt.count": torch.tensor(self.adapt.count)}
+        own |= self.adapt.state()
         return own | {f"replicas.{n}": v for n, v in self.replicas.state().items()}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
@@ -257,8 +256,7 @@ class _Annealed:
         self.count = int(state["count"])
         if "base" in state:
             self._base = state["base"]
-        parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
-        self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
+        self.adapt = DualAveraging.resumed(state)
 
     def summary(self) -> dict[str, Tensor]:
         """Step size and the lowest level."""

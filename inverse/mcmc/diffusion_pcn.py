@@ -213,15 +213,13 @@ class _Returning:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next move needs."""
-        adapt = {f"adapt.{n}": getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
-        adapt["adapt.count"] = torch.tensor(self.adapt.count)
-        return {"x": self.x, "value": self.value_of_x, "tally": self.tally, "gone": self.gone, **adapt}
+        own = {"x": self.x, "value": self.value_of_x, "tally": self.tally, "gone": self.gone}
+        return own | self.adapt.state()
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from `state()`."""
         self.x, self.value_of_x, self.tally, self.gone = (state[n] for n in ("x", "value", "tally", "gone"))
-        parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
-        self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
+        self.adapt = DualAveraging.resumed(state)
 
     def summary(self) -> dict[str, Tensor]:
         """The level that was used, apart from jumps."""

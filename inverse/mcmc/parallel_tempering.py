@@ -325,8 +325,7 @@ class _Tempered:
     def state(self) -> dict[str, Tensor]:
         """All that the next round needs."""
         own = {n: getattr(self, n) for n in ("sigmas", "who", "high", "trips", "tried", "error")}
-        adapt = {n: getattr(self.adapt, n) for n in ("log_step", "log_average", "error", "centre")}
-        own |= {f"adapt.{n}": v for n, v in adapt.items()} | {"adapt.count": torch.tensor(self.adapt.count)}
+        own |= self.adapt.state()
         return own | {f"replicas.{n}": v for n, v in self.replicas.state().items()}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
@@ -336,8 +335,7 @@ class _Tempered:
         self.target.at(self.sigmas, True)
         inner = {n.removeprefix("replicas."): v for n, v in state.items() if n.startswith("replicas.")}
         self.replicas = Replicas.resumed(self.target, inner, self.nodes)
-        parts = {n: state[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
-        self.adapt = DualAveraging(**parts, count=int(state["adapt.count"]))
+        self.adapt = DualAveraging.resumed(state)
 
     def summary(self) -> dict[str, Tensor]:
         """Levels, step sizes, swaps of every pair, round trips of every chain, and the error of line integrals."""

@@ -7,6 +7,7 @@ T = pi/2 * sqrt(largest eigenvalue of corr(z))                             (a qu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,17 @@ class DualAveraging:
     def start(cls, step: Tensor, gamma: float = 0.05, ambition: float = 10.0) -> DualAveraging:
         """Begin, or begin anew, at step sizes (problem,), pulled to `ambition` times as large ones."""
         return cls(step.log(), step.log(), torch.zeros_like(step), (ambition * step).log(), gamma=gamma)
+
+    def state(self, prefix: str = "adapt.") -> dict[str, Tensor]:
+        """What `resumed` goes on from; gamma is the user's to know."""
+        tensors = {prefix + n: getattr(self, n) for n in ("log_step", "log_average", "error", "centre")}
+        return tensors | {prefix + "count": torch.tensor(self.count)}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Tensor], gamma: float = 0.05, prefix: str = "adapt.") -> DualAveraging:
+        """Go on from the entries of `state()` among others."""
+        step, average, error, centre = (state[prefix + n] for n in ("log_step", "log_average", "error", "centre"))
+        return cls(step, average, error, centre, int(state[prefix + "count"]), gamma)
 
     def update(self, accept: Tensor, target: float) -> None:
         """Take in the acceptance (problem,) of one transition."""

@@ -182,11 +182,10 @@ class _Walk:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next transition needs, and the draws so far."""
-        adapt, kept = self.adapt, self._kept
+        kept = self._kept
         return {
             **{n: getattr(self, n) for n in ("z", "lp", "grad", "inverse_mass")},
-            **{f"adapt.{n}": getattr(adapt, n) for n in ("log_step", "log_average", "error", "centre")},
-            "adapt.count": torch.tensor(adapt.count),
+            **self.adapt.state(),
             **{f"length.{n}": getattr(self.trajectory, n) for n in LENGTH},
             "length.count": torch.tensor(self.trajectory.count),
             "window": torch.tensor(self._window),
@@ -201,8 +200,7 @@ class _Walk:
             setattr(self, name, stored[name])
         length = {n: stored[f"length.{n}"] for n in LENGTH}
         self.trajectory = TrajectoryLength(**length, count=int(stored["length.count"]))
-        parts = {n: stored[f"adapt.{n}"] for n in ("log_step", "log_average", "error", "centre")}
-        self.adapt = DualAveraging(**parts, count=int(stored["adapt.count"]), gamma=GAMMA)
+        self.adapt = DualAveraging.resumed(stored, GAMMA)
         self.moments = self._moments(int(stored["window"]))
         self.moments.kept = stored["window.kept"]
         kept = self._kept = len(stored["draws"])
