@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc clean
 
