@@ -122,13 +122,33 @@ def as_denoiser(guide: BoundGuide) -> Callable[[Tensor, Level], Tensor]:
 def denoise_with_vjp(
     problem: DiffusionProblem, x: Tensor, sigma: Level, cost: Cost
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """D(x, sigma) by one call, and v -> J^T v for as many v as wanted, each counted as one vjp per row."""
-    mean, pull = torch.func.vjp(lambda x: problem.prior.denoise(x, sigma), x)[:2]
+    """D(x, sigma) by one call, and v -> J^T v for as many v as wanted, each counted as one vjp per row.
+
+    Plain autograd, which gives less memory back to the system between steps than `torch.func.vjp` does; that one only
+    where a transform or a gradient from outside goes through.
+    """
     rows = x.shape[: x.ndim - len(problem.prior.event_shape)].numel()
+    pull: Callable[[Tensor], Tensor]
+    if torch.is_grad_enabled() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        mean, through = torch.func.vjp(lambda x: problem.prior.denoise(x, sigma), x)[:2]
+
+        def pull(v: Tensor) -> Tensor:
+            return through(v)[0]
+    else:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            tracked = problem.prior.denoise(leaf, sigma)
+        mean = tracked.detach()
+
+        def pull(v: Tensor) -> Tensor:
+            if not tracked.requires_grad:  # a denoiser that is constant
+                return torch.zeros_like(v)
+            (found,) = torch.autograd.grad(tracked, leaf, v, retain_graph=True, materialize_grads=True)
+            return found
 
     def vjp(v: Tensor) -> Tensor:
         cost.vjps += rows
-        return pull(v)[0]
+        return pull(v)
 
     return mean, vjp
 
