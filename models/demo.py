@@ -35,7 +35,7 @@ class _Scale:
 SCALES: dict[str, _Scale] = {
     "smoke": _Scale(4, 4, 6, 4, 2, 6, 1),
     "normal": _Scale(64, 50, 200, 192, 32, 60, 10),
-    "full": _Scale(512, 100, 1000, 2000, 256, 2000, 100),
+    "full": _Scale(256, 100, 500, 1000, 256, 1000, 100),
 }
 
 
