@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from inverse.guides.base import likelihood_gradient
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import TrajectorySampler
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule, edm_grid
@@ -84,13 +85,6 @@ class DAPS(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -125,14 +119,15 @@ class DAPS(TrajectorySampler):
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Decoupled:
         """The steps that lanes take on a problem."""
-        return _Decoupled(self, problem, self.levels(problem), Cost() if cost is None else cost)
+        return _Decoupled(self, problem, self.levels(problem).tolist(), cost)
 
 
-class _Decoupled:
+class _Decoupled(Descent):
     """The method that `run_lanes` runs."""
 
-    def __init__(self, options: DAPS, problem: DiffusionProblem, levels: Tensor, cost: Cost) -> None:
-        self.options, self.problem, self.levels, self.cost = options, problem, levels.tolist(), cost
+    def __init__(self, options: DAPS, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
+        super().__init__(problem, levels, cost)
+        self.options = options
         self.closed = options.closed(problem)
         if self.closed:
             gaussian = problem.likelihood.gaussian
@@ -149,19 +144,10 @@ class _Decoupled:
                     "linear data with Gaussian noise"
                 )
 
-    @property
-    def steps(self) -> int:
-        """Noise levels."""
-        return len(self.levels) - 1
-
     def step(self, level: int) -> float:
         """eta of the chain at a level."""
         passed = level / max(self.steps - 1, 1)
         return self.options.step_size * (1 + passed * (self.options.step_decay - 1))
-
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.levels[0])}
 
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """Down the flow, a clean point given the data, and up to the next level."""
@@ -169,10 +155,6 @@ class _Decoupled:
         center = self._flow(state["x"], s)
         clean = self._draw(center, s, noise) if self.closed else self._chain(center, s, self.step(step), noise)
         return {"x": clean + after * noise.normal(self.problem.shape) if after > 0 else clean}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
 
     def _flow(self, x: Tensor, s: float) -> Tensor:
         """Euler steps of dx / ds = (x - D) / s."""

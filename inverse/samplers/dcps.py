@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,11 +18,12 @@ from torch import Tensor
 from inverse.guides.base import denoise_with_vjp, likelihood_gradient
 from inverse.guides.damping import per_lane
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.mean_field import MeanField, Optimizer
 from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule
@@ -74,13 +74,6 @@ class DCPS(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -104,24 +97,16 @@ class DCPS(TrajectorySampler):
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Blocks:
         """The steps that lanes take on a problem."""
         levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
-        return _Blocks(self, problem, levels, Cost() if cost is None else cost)
+        return _Blocks(self, problem, levels, cost)
 
 
-class _Blocks:
+class _Blocks(Descent):
     """The method that `run_lanes` runs."""
 
-    def __init__(self, options: DCPS, problem: DiffusionProblem, levels: list[float], cost: Cost) -> None:
-        self.options, self.problem, self.levels, self.cost = options, problem, levels, cost
+    def __init__(self, options: DCPS, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
+        super().__init__(problem, levels, cost)
+        self.options = options
         self.ends = options.boundaries()
-
-    @property
-    def steps(self) -> int:
-        """Steps between levels."""
-        return len(self.levels) - 1
-
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.levels[0])}
 
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """Langevin steps where a block begins, and one fitted transition."""
@@ -141,10 +126,6 @@ class _Blocks:
             return self.potential(x, b, end, z)[1]
 
         return {"x": self.options.fit.draw(mean, b * math.sqrt(1 - ratio), gradient, noise)}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
 
     def tempering(self, end: float) -> float:
         """tau_e."""

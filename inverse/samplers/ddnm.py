@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
 from inverse.samplers.travel import check_travel, travel_path
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule
@@ -62,13 +61,6 @@ class DDNM(TrajectorySampler):
     travel_repeats: int = 1
     schedule: Schedule | None = None
     chunk: int | None = None
-
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule
@@ -66,13 +66,6 @@ class DDRM(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -82,27 +75,23 @@ class DDRM(TrajectorySampler):
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Restoration:
         """The steps that lanes take on a problem."""
-        levels = trajectory_levels(self.schedule, self.steps, problem)
-        return _Restoration(self, problem, SpectralData.of(problem, "DDRM"), levels, Cost() if cost is None else cost)
+        levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
+        return _Restoration(self, problem, SpectralData.of(problem, "DDRM"), levels, cost)
 
 
-class _Restoration:
+class _Restoration(Descent):
     """The method that `run_lanes` runs."""
 
     def __init__(
-        self, options: DDRM, problem: DiffusionProblem, data: SpectralData, levels: Tensor, cost: Cost
+        self, options: DDRM, problem: DiffusionProblem, data: SpectralData, levels: list[float], cost: Cost | None
     ) -> None:
-        self.options, self.problem, self.data, self.levels, self.cost = options, problem, data, levels, cost
-
-    @property
-    def steps(self) -> int:
-        """Denoiser evaluations per draw."""
-        return len(self.levels) - 1
+        super().__init__(problem, levels, cost)
+        self.options, self.data = options, data
 
     def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
         """The data with what noise they lack at the first level, and the prior's start elsewhere."""
-        top, data = float(self.levels[0]), self.data
-        x = self.problem.prior.start(noise.normal(self.problem.shape), self.levels[0])
+        top, data = self.levels[0], self.data
+        x = self.problem.prior.start(noise.normal(self.problem.shape), top)
         # Noise of its own: the prior's start may mix the directions.
         z = noise.normal(data.s.shape)
         seen = data.u / data.s + (top**2 - data.s**-2).clamp(min=0).sqrt() * z
@@ -110,10 +99,10 @@ class _Restoration:
 
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """One denoiser call, and one step in the singular basis."""
-        x, a, b = state["x"], float(self.levels[step]), float(self.levels[step + 1])
+        x, a, b = state["x"], self.levels[step], self.levels[step + 1]
         eta, eta_b, data = self.options.eta, self.options.eta_b, self.data
         kept = math.sqrt(1 - eta**2)
-        clean = self.problem.prior.denoise(x, self.levels[step])
+        clean = self.problem.prior.denoise(x, a)
         self.cost.likelihood_evals += len(x)
         z = noise.normal(self.problem.shape)
         moved = clean + kept * b / a * (x - clean) + eta * b * z
@@ -122,7 +111,3 @@ class _Restoration:
         fine = seen + kept * b * gap + eta * b * z_seen
         coarse = seen + eta_b * gap / data.s + (b**2 - (eta_b / data.s).square()).clamp(min=0).sqrt() * z_seen
         return {"x": data.replace(moved, torch.where(data.s * b >= 1, coarse, fine))}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule
@@ -56,13 +56,6 @@ class DiffPIR(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -73,39 +66,27 @@ class DiffPIR(TrajectorySampler):
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Splitting:
         """The steps that lanes take on a problem."""
-        levels = trajectory_levels(self.schedule, self.steps, problem)
-        return _Splitting(self, problem, levels, Cost() if cost is None else cost)
+        levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
+        return _Splitting(self, problem, levels, cost)
 
 
-class _Splitting:
+class _Splitting(Descent):
     """The method that `run_lanes` runs."""
 
-    def __init__(self, options: DiffPIR, problem: DiffusionProblem, levels: Tensor, cost: Cost) -> None:
-        self.options, self.problem, self.levels, self.cost = options, problem, levels, cost
+    def __init__(self, options: DiffPIR, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
+        super().__init__(problem, levels, cost)
+        self.options = options
         gaussian = problem.likelihood.gaussian
         self._operator = gaussian.operator
         self._data = gaussian.data.to(problem.device, problem.dtype)
 
-    @property
-    def steps(self) -> int:
-        """Denoiser evaluations per draw."""
-        return len(self.levels) - 1
-
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.levels[0])}
-
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """One denoiser call, one proximal step, and part of the noise drawn afresh."""
-        x, a, b = state["x"], float(self.levels[step]), float(self.levels[step + 1])
+        x, a, b = state["x"], self.levels[step], self.levels[step + 1]
         v, zeta = a**2 / self.options.lam, self.options.zeta
-        clean = self.problem.prior.denoise(x, self.levels[step])
+        clean = self.problem.prior.denoise(x, a)
         residual = self._data - self._operator(clean)
         self.cost.likelihood_evals += len(x)
         clean = clean + v * self._operator.adjoint(self._operator.solve_gram(residual, 1.0, v))
         z = noise.normal(self.problem.shape)
         return {"x": clean + b * (math.sqrt(1 - zeta) / a * (x - clean) + math.sqrt(zeta) * z)}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]

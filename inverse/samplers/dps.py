@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import Literal
 
 from inverse.guides.dps import DPSGuide
-from inverse.samplers.guided import GuidedSampler
-from ppl.backend import Exactness, register
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
+from inverse.samplers.guided import GuidedPreset, GuidedSampler
+from ppl.backend import register
 from sde import Ancestral, Schedule
 
 __all__ = ["DPS"]
@@ -20,7 +15,7 @@ __all__ = ["DPS"]
 
 @register
 @dataclass(frozen=True)
-class DPS:
+class DPS(GuidedPreset):
     """Diffusion posterior sampling, for any differentiable likelihood.
 
     Never exact: it drops the spread of x_0 given x, and in the published form the noise level of the data too. For the
@@ -48,13 +43,6 @@ class DPS:
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         _ = self.sampler
 
@@ -63,9 +51,3 @@ class DPS:
         """The guide and solver that this stands for."""
         guide = DPSGuide(self.zeta, self.weight, self.clip)
         return GuidedSampler(guide, Ancestral(), self.steps, self.schedule, chunk=self.chunk)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        return self.sampler.run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)

@@ -8,9 +8,10 @@ exact draw of the guide's Gaussian closure given the data.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,16 @@ from inverse.guides.base import BoundGuide, Guide, as_denoiser
 from inverse.guides.moment_matching import BoundMomentMatching
 from inverse.guides.tmpd import BoundTMPD
 from inverse.problem import DiffusionProblem
+from inverse.samplers.claims import NeverExact
 from inverse.samplers.lanes import Noise, check_chunk, run_lanes
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
 from sde import DDIM, Ancestral, Schedule, Solver
 
-__all__ = ["GuidedSampler", "check_steps", "guided_levels", "residual_chi"]
+__all__ = ["GuidedPreset", "GuidedSampler", "check_steps", "guided_levels", "residual_chi"]
 
 FAR = 1e6
 """Noise level, in units of data_std, at which x says nothing and the closure is that of the prior itself."""
@@ -39,7 +41,7 @@ FAR_OFF = 3.0
 
 @register
 @dataclass(frozen=True)
-class GuidedSampler:
+class GuidedSampler(NeverExact):
     """Any guide with any solver. One trajectory per draw, no weights: its error does not vanish with more draws.
 
     Args:
@@ -75,13 +77,6 @@ class GuidedSampler:
     sigma_min: float | None = None
     informed_start: bool = False
     chunk: int | None = None
-
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.guide, Guide):
@@ -134,6 +129,21 @@ class GuidedSampler:
                 "guidance is too weak, or its steps diverged; take more steps, another zeta, or MomentMatching"
             )
         return Posterior(draws=results, info=info, attrs={"complete": complete})
+
+
+class GuidedPreset(NeverExact):
+    """The door of backends that stand for a guide and a solver; a subclass gives its options and `sampler`."""
+
+    @property
+    @abstractmethod
+    def sampler(self) -> GuidedSampler:
+        """The guide and solver that this stands for."""
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Draw all chains side by side."""
+        return self.sampler.run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)
 
 
 def check_steps(steps: int) -> None:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from inverse.guides.base import denoise_with_vjp, likelihood_gradient
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.mean_field import MeanField, Optimizer
 from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule, VariancePreserving
@@ -86,13 +86,6 @@ class MGPS(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -114,19 +107,15 @@ class MGPS(TrajectorySampler):
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Midpoints:
         """The steps that lanes take on a problem."""
         levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
-        return _Midpoints(self, problem, levels, Cost() if cost is None else cost)
+        return _Midpoints(self, problem, levels, cost)
 
 
-class _Midpoints:
+class _Midpoints(Descent):
     """The method that `run_lanes` runs."""
 
-    def __init__(self, options: MGPS, problem: DiffusionProblem, levels: list[float], cost: Cost) -> None:
-        self.options, self.problem, self.levels, self.cost = options, problem, levels, cost
-
-    @property
-    def steps(self) -> int:
-        """Steps between levels."""
-        return len(self.levels) - 1
+    def __init__(self, options: MGPS, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
+        super().__init__(problem, levels, cost)
+        self.options = options
 
     def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
         """x at the first noise level."""
@@ -151,10 +140,6 @@ class _Midpoints:
         if not self.options.warm_start:
             return {"x": moved}
         return {"x": moved, "clean": self.problem.prior.denoise(middle, m)}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
 
     def potential(self, x: Tensor, level: float) -> Tensor:
         """grad_x log p(y | D(x, level))."""

@@ -9,8 +9,9 @@ import torch
 
 from inverse.guides.moment_matching import MomentMatchingGuide
 from inverse.problem import DiffusionProblem
+from inverse.samplers.claims import NeverExact
 from inverse.samplers.guided import GuidedSampler
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -21,7 +22,7 @@ __all__ = ["MomentMatching"]
 
 @register
 @dataclass(frozen=True)
-class MomentMatching:
+class MomentMatching(NeverExact):
     """Guidance by conditional moments, for linear data with Gaussian noise.
 
     Exact for Gaussian priors at any number of steps, one included, when the step uses the covariance. For mixtures it
@@ -60,12 +61,7 @@ class MomentMatching:
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
     exact_when: ClassVar[tuple[str, ...]] = ("gaussian_prior", "linear_gaussian_likelihood")
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _ = self._sampler(CovarianceCorrected() if self.solver is None else self.solver)

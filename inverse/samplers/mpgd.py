@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import check_chunk
 from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
 from inverse.samplers.travel import Travelling, check_travel, travel_path
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import DDIM, Schedule
@@ -65,13 +64,6 @@ class MPGD(TrajectorySampler):
     travel_between: tuple[float, float] | None = None
     schedule: Schedule | None = None
     chunk: int | None = None
-
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
 
 from inverse.guides.pigdm import PiGDMGuide
-from inverse.samplers.guided import GuidedSampler
-from ppl.backend import Exactness, register
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
+from inverse.samplers.guided import GuidedPreset, GuidedSampler
+from ppl.backend import register
 from sde import Ancestral, Schedule, Solver
 
 __all__ = ["PiGDM"]
@@ -20,7 +14,7 @@ __all__ = ["PiGDM"]
 
 @register
 @dataclass(frozen=True)
-class PiGDM:
+class PiGDM(GuidedPreset):
     """Pseudo-inverse guidance with the noise level of the program, for linear data with Gaussian noise.
 
     The guide is exact for an isotropic Gaussian prior; the steps leave out the spread of x_0 given x, by an amount that
@@ -48,13 +42,6 @@ class PiGDM:
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         _ = self.sampler
 
@@ -64,9 +51,3 @@ class PiGDM:
         guide = PiGDMGuide(self.data_std, self.jacobian)
         solver = Ancestral() if self.solver is None else self.solver
         return GuidedSampler(guide, solver, self.steps, self.schedule, chunk=self.chunk)
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        return self.sampler.run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 from inverse.guides.base import likelihood_gradient
 from inverse.guides.damping import per_lane
 from inverse.problem import DiffusionProblem
+from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
 from inverse.samplers.lanes import Noise, check_chunk
 from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import DDIM, Schedule
@@ -83,13 +84,6 @@ class ReSample(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_chunk(self.chunk)
@@ -115,28 +109,20 @@ class ReSample(TrajectorySampler):
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Resampled:
         """The steps that lanes take on a problem."""
         levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
-        return _Resampled(self, problem, levels, Cost() if cost is None else cost)
+        return _Resampled(self, problem, levels, cost)
 
 
-class _Resampled:
+class _Resampled(Descent):
     """The method that `run_lanes` runs."""
 
-    def __init__(self, options: ReSample, problem: DiffusionProblem, levels: list[float], cost: Cost) -> None:
-        self.options, self.problem, self.levels, self.cost = options, problem, levels, cost
+    def __init__(self, options: ReSample, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
+        super().__init__(problem, levels, cost)
+        self.options = options
         likelihood = problem.likelihood
         self._gaussian = likelihood.gaussian if options.inner == "closed" or likelihood.is_gaussian else None
         self._closed = self._gaussian is not None and options.inner != "adam"
         self._at = frozenset(options.consistent_steps())
         self._solver = DDIM(eta=options.eta)
-
-    @property
-    def steps(self) -> int:
-        """Denoiser evaluations per draw."""
-        return len(self.levels) - 1
-
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.levels[0])}
 
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """A DDIM step, and at some steps the fit to the data and a new draw."""
@@ -151,10 +137,6 @@ class _Resampled:
         g = self.options.gamma * b**2 * (1 - (b / a) ** 2)
         spread = math.sqrt(g / (g + b**2)) * b
         return {"x": (g * fitted + b**2 * free) / (g + b**2) + spread * noise.normal(self.problem.shape)}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
 
     def _chi(self, residual: Tensor) -> Tensor:
         """||d - B x|| / sqrt(m), (lanes,)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inverse.operators.base import SVD
 from inverse.problem import DiffusionProblem
+from inverse.samplers.claims import NeverExact
 from inverse.samplers.guided import FAR_OFF, residual_chi
 from inverse.samplers.lanes import Method, run_lanes
 from ppl.cost import Cost
@@ -116,7 +117,7 @@ def run_trajectories(
     return Posterior(draws=results, info=info, attrs={"complete": complete})
 
 
-class TrajectorySampler:
+class TrajectorySampler(NeverExact):
     """The door of backends whose lanes run side by side; a subclass gives its options and `method`."""
 
     chunk: int | None
