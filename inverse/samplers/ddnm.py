@@ -17,9 +17,9 @@ from torch import Tensor
 
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
-from inverse.samplers.lanes import Noise, check_chunk
+from inverse.samplers.lanes import check_chunk
 from inverse.samplers.trajectory import SpectralData, TrajectorySampler, trajectory_levels
-from inverse.samplers.travel import check_travel, travel_path
+from inverse.samplers.travel import Journey, check_travel, travel_path
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -76,32 +76,20 @@ class DDNM(TrajectorySampler):
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _NullSpace:
         """The steps that lanes take on a problem."""
         path = self.path(trajectory_levels(self.schedule, self.steps, problem).tolist())
-        return _NullSpace(self, problem, SpectralData.of(problem, "DDNM"), path, Cost() if cost is None else cost)
+        return _NullSpace(self, problem, SpectralData.of(problem, "DDNM"), path, cost)
 
 
-class _NullSpace:
+class _NullSpace(Journey):
     """The method that `run_lanes` runs."""
 
     def __init__(
-        self, options: DDNM, problem: DiffusionProblem, data: SpectralData, path: list[float], cost: Cost
+        self, options: DDNM, problem: DiffusionProblem, data: SpectralData, path: list[float], cost: Cost | None
     ) -> None:
-        self.options, self.problem, self.data, self.path, self.cost = options, problem, data, path, cost
+        super().__init__(problem, path, cost)
+        self.options, self.data = options, data
 
-    @property
-    def steps(self) -> int:
-        """Moves between levels, returns included."""
-        return len(self.path) - 1
-
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.path[0])}
-
-    def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
-        """One denoiser call and one step down, or fresh noise on the way back."""
-        x, a, b = state["x"], self.path[step], self.path[step + 1]
-        z = noise.normal(self.problem.shape)
-        if b > a:
-            return {"x": x + math.sqrt(b**2 - a**2) * z}
+    def down(self, x: Tensor, a: float, b: float, z: Tensor) -> Tensor:
+        """One denoiser call, and the data in place of the row space."""
         c = self.options.eta * b * math.sqrt(1 - (b / a) ** 2)
         k = math.sqrt(b**2 - c**2) / a
         w, data = 1 - k, self.data
@@ -112,8 +100,4 @@ class _NullSpace:
         seen = seen + gain * (data.u - data.s * seen)
         spread = (c**2 - (w * gain).square()).clamp(min=0).sqrt()
         moved = k * x + w * clean + c * z
-        return {"x": data.replace(moved, k * data.of_x(x) + w * seen + spread * data.of_x(z))}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
+        return data.replace(moved, k * data.of_x(x) + w * seen + spread * data.of_x(z))

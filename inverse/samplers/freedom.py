@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inverse.guides.freedom import FreeDoMGuide, FreeDoMWeight
-from inverse.problem import DiffusionProblem
-from inverse.samplers.guided import check_steps
-from inverse.samplers.lanes import check_chunk
-from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
-from inverse.samplers.travel import Travelling, check_travel, travel_path
+from inverse.samplers.travel import GuidedTravel
 from ppl.backend import register
-from ppl.cost import Cost
 from sde import Ancestral, Schedule
 
 __all__ = ["FreeDoM"]
@@ -19,7 +14,7 @@ __all__ = ["FreeDoM"]
 
 @register
 @dataclass(frozen=True)
-class FreeDoM(TrajectorySampler):
+class FreeDoM(GuidedTravel):
     """Training-free guidance for any differentiable likelihood or `pyro.factor`; see `FreeDoMGuide`.
 
     Never exact. Measured on the sixteen-dimensional Gaussian problem at noise 0.05, 100 steps: mean off by 0.42
@@ -54,19 +49,12 @@ class FreeDoM(TrajectorySampler):
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_chunk(self.chunk)
-        check_travel(self.travel_length, self.travel_repeats, self.travel_between)
-        _ = self.guide
-
     @property
     def guide(self) -> FreeDoMGuide:
         """The guide that this stands for."""
         return FreeDoMGuide(self.weight, self.scale)
 
-    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> Travelling:
-        """The steps that lanes take on a problem."""
-        levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
-        path = travel_path(levels, self.travel_length, self.travel_repeats, self.travel_between)
-        return Travelling(problem, self.guide.bind(problem, cost), Ancestral(), path)
+    @property
+    def solver(self) -> Ancestral:
+        """The step between levels."""
+        return Ancestral()

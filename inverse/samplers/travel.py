@@ -6,18 +6,23 @@ down:  x_b ~ solver(x_a, a, b, posterior of the guide)          back:  x_a = x_b
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from inverse.guides.base import BoundGuide
+from inverse.guides.base import BoundGuide, Guide
 from inverse.problem import DiffusionProblem
-from inverse.samplers.lanes import Noise
+from inverse.samplers.descent import Descent
+from inverse.samplers.guided import check_steps
+from inverse.samplers.lanes import Noise, check_chunk
+from inverse.samplers.trajectory import TrajectorySampler, trajectory_levels
+from ppl.cost import Cost
 from ppl.errors import OptionError
-from sde import Solver
+from sde import Schedule, Solver
 
-__all__ = ["Travelling", "check_travel", "travel_path"]
+__all__ = ["GuidedTravel", "Journey", "Travelling", "check_travel", "travel_path"]
 
 Between = tuple[float, float] | None
 
@@ -55,8 +60,22 @@ def travel_path(levels: Sequence[float], length: int, repeats: int, between: Bet
     return out
 
 
-class Travelling:
-    """The method that `run_lanes` runs, for a guide without state and a solver without history.
+class Journey(Descent):
+    """A descent that goes back up now and then; a subclass writes `down`."""
+
+    @abstractmethod
+    def down(self, x: Tensor, a: float, b: float, z: Tensor) -> Tensor:
+        """One step from level a down to b, with standard normal noise z."""
+
+    def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        """One step down, or fresh noise on the way back."""
+        x, a, b = state["x"], self.levels[step], self.levels[step + 1]
+        z = noise.normal(self.problem.shape)
+        return {"x": x + math.sqrt(b**2 - a**2) * z if b > a else self.down(x, a, b, z)}
+
+
+class Travelling(Journey):
+    """A journey by a guide without state and a solver without history.
 
     Args:
         problem: prior and likelihood.
@@ -66,26 +85,42 @@ class Travelling:
     """
 
     def __init__(self, problem: DiffusionProblem, guide: BoundGuide, solver: Solver, path: list[float]) -> None:
-        self.problem, self.guide, self.solver, self.path = problem, guide, solver, path
+        super().__init__(problem, path)
+        self.guide, self.solver = guide, solver
+
+    def down(self, x: Tensor, a: float, b: float, z: Tensor) -> Tensor:
+        """One evaluation of the guide, and one step of the solver."""
+        high, low = torch.tensor([a, b], dtype=torch.float64)
+        return self.solver.step(x, high, low, self.guide(x, a, b).posterior).sample(z)
+
+
+class GuidedTravel(TrajectorySampler):
+    """The door of backends that travel by a guide; a subclass gives its options, `guide` and `solver`."""
+
+    steps: int
+    travel_length: int
+    travel_repeats: int
+    travel_between: Between
+    schedule: Schedule | None
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_chunk(self.chunk)
+        check_travel(self.travel_length, self.travel_repeats, self.travel_between)
+        _ = self.guide
 
     @property
-    def steps(self) -> int:
-        """Moves between levels, returns included."""
-        return len(self.path) - 1
+    @abstractmethod
+    def guide(self) -> Guide:
+        """The guide that this stands for."""
 
-    def begin(self, lanes: int, noise: Noise) -> dict[str, Tensor]:
-        """x at the first noise level."""
-        return {"x": self.problem.prior.start(noise.normal(self.problem.shape), self.path[0])}
+    @property
+    @abstractmethod
+    def solver(self) -> Solver:
+        """The step between levels."""
 
-    def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
-        """One evaluation of the guide and one step down, or fresh noise on the way back."""
-        x, a, b = state["x"], self.path[step], self.path[step + 1]
-        z = noise.normal(self.problem.shape)
-        if b > a:
-            return {"x": x + math.sqrt(b**2 - a**2) * z}
-        high, low = torch.tensor([a, b], dtype=torch.float64)
-        return {"x": self.solver.step(x, high, low, self.guide(x, a, b).posterior).sample(z)}
-
-    def end(self, state: dict[str, Tensor], noise: Noise) -> Tensor:
-        """The clean values."""
-        return state["x"]
+    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> Travelling:
+        """The steps that lanes take on a problem."""
+        levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
+        path = travel_path(levels, self.travel_length, self.travel_repeats, self.travel_between)
+        return Travelling(problem, self.guide.bind(problem, cost), self.solver, path)
