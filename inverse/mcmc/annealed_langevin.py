@@ -14,18 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inverse.mcmc.chain import check_walk, positive, run_walk
+from inverse.mcmc.backend import WalkBackend
+from inverse.mcmc.chain import positive
 from inverse.mcmc.mala import Replicas
 from inverse.mcmc.noised_target import NoisedTarget, check_nodes, inner_nodes, lowest_noise, note_likelihood
-from inverse.mcmc.reverse import ReverseDiffusion, check_solver
+from inverse.mcmc.reverse import ReverseDiffusion
 from inverse.problem import DiffusionProblem
-from inverse.samplers.lanes import check_chunk
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, windows
 from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Solver
 from sde.schedule import log_grid
 
@@ -37,7 +35,7 @@ PLAIN = 0.05  # step size without the test: a variance is too large by about hal
 
 @register
 @dataclass(frozen=True)
-class AnnealedLangevin:
+class AnnealedLangevin(WalkBackend):
     r"""Metropolis-adjusted Langevin chains that come down the noise levels of the prior; any differentiable likelihood.
 
     For linear data with Gaussian noise the chains' law at the lowest level, with the draw of x_0 that follows, is the
@@ -97,17 +95,13 @@ class AnnealedLangevin:
     solver: Solver | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "in_the_limit"
+    label: ClassVar[str] = "Langevin steps"
     limit: ClassVar[tuple[str, ...]] = ("draws", "denoise_steps", "nodes")
     exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     default_chains: ClassVar[int] = 16
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_walk(self.warmup, self.thin, self.target_accept)
-        check_chunk(self.chunk)
-        check_solver(self.solver)
+        super().__post_init__()
         check_nodes(self.nodes)
         positive(self, "sigma_min", "step_size")
         for name in ("levels", "steps", "denoise_steps"):
@@ -116,21 +110,14 @@ class AnnealedLangevin:
         if not self.metropolis:
             object.__setattr__(self, "exact", "never")
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """All chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_walk(
-            lambda: _Annealed(self, problem, chains, generator, monitor),
-            problem,
-            draws=draws,
-            chains=chains,
-            warmup=self.levels * self.steps + self.warmup,
-            thin=self.thin,
-            monitor=monitor,
-            label="Langevin steps",
-        )
+    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Annealed:
+        """The chains of one run."""
+        return _Annealed(self, problem, chains, generator, monitor)
+
+    @property
+    def transitions_before(self) -> int:
+        """The way down comes before the warmup."""
+        return self.levels * self.steps + self.warmup
 
 
 class _Annealed:

@@ -15,18 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inverse.mcmc.chain import check_walk, positive, run_walk
+from inverse.mcmc.backend import WalkBackend
+from inverse.mcmc.chain import positive
 from inverse.mcmc.noised_target import gain
-from inverse.mcmc.reverse import ReverseDiffusion, check_solver
+from inverse.mcmc.reverse import ReverseDiffusion
 from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
-from inverse.samplers.lanes import check_chunk
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging
 from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Solver
 
 __all__ = ["DiffusionPCN"]
@@ -36,7 +34,7 @@ RARE = 0.02
 
 @register
 @dataclass(frozen=True)
-class DiffusionPCN:
+class DiffusionPCN(WalkBackend):
     r"""Noise to a level and come back, accepted by the likelihood alone: any likelihood, no gradient, no density.
 
     Exact for an exact reverse diffusion: with the default solver for a Gaussian prior at any number of steps, for other
@@ -82,37 +80,21 @@ class DiffusionPCN:
     solver: Solver | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "in_the_limit"
+    label: ClassVar[str] = "noise and return"
     limit: ClassVar[tuple[str, ...]] = ("draws", "steps")
     exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     default_chains: ClassVar[int] = 16
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_walk(self.warmup, self.thin, self.target_accept)
+        super().__post_init__()
         check_steps(self.steps)
-        check_chunk(self.chunk)
-        check_solver(self.solver)
         positive(self, "level")
         if not 0 <= self.jump <= 1:
             raise OptionError(f"jump must be a share between 0 and 1, got {self.jump!r}")
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """All chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_walk(
-            lambda: _Returning(self, problem, chains, generator, monitor),
-            problem,
-            draws=draws,
-            chains=chains,
-            warmup=self.warmup,
-            thin=self.thin,
-            monitor=monitor,
-            label="noise and return",
-        )
+    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Returning:
+        """The chains of one run."""
+        return _Returning(self, problem, chains, generator, monitor)
 
 
 class _Returning:

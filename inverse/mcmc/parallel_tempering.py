@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inverse.mcmc.chain import check_walk, positive, run_walk
+from inverse.mcmc.backend import WalkBackend
+from inverse.mcmc.chain import positive
 from inverse.mcmc.line_integral import adaptive_log_ratio
 from inverse.mcmc.mala import Replicas
 from inverse.mcmc.noised_target import (
@@ -27,15 +28,12 @@ from inverse.mcmc.noised_target import (
     lowest_noise,
     note_likelihood,
 )
-from inverse.mcmc.reverse import ReverseDiffusion, check_solver
+from inverse.mcmc.reverse import ReverseDiffusion
 from inverse.problem import DiffusionProblem
-from inverse.samplers.lanes import check_chunk
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, windows
 from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Solver
 from sde.schedule import log_grid
 
@@ -49,7 +47,7 @@ RARE = 0.02
 
 @register
 @dataclass(frozen=True)
-class ParallelTempering:
+class ParallelTempering(WalkBackend):
     r"""Chains that change modes: replicas at many noise levels, local Langevin steps with the Metropolis test, swaps.
 
     For linear data with Gaussian noise the law of the lowest replica, with the draw of x_0 that follows, is the
@@ -111,38 +109,22 @@ class ParallelTempering:
     solver: Solver | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "in_the_limit"
+    label: ClassVar[str] = "rounds of swaps"
     limit: ClassVar[tuple[str, ...]] = ("draws", "denoise_steps", "nodes")
     exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     default_chains: ClassVar[int] = 8
-    batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_walk(self.warmup, self.thin, self.target_accept)
-        check_chunk(self.chunk)
-        check_solver(self.solver)
+        super().__post_init__()
         check_nodes(self.nodes)
         positive(self, "sigma_min", "sigma_max", "tolerance")
         for name, least in (("levels", 2), ("steps", 1), ("denoise_steps", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise OptionError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """All replicas of all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_walk(
-            lambda: _Tempered(self, problem, chains, generator, monitor),
-            problem,
-            draws=draws,
-            chains=chains,
-            warmup=self.warmup,
-            thin=self.thin,
-            monitor=monitor,
-            label="rounds of swaps",
-        )
+    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Tempered:
+        """The chains of one run."""
+        return _Tempered(self, problem, chains, generator, monitor)
 
 
 class _Tempered:
