@@ -205,7 +205,7 @@ def _normal(y):
 
 def test_stopped_training_of_a_program_goes_on(here, capsys, monkeypatch):
     """Ctrl-C in the middle: a file, code 130, and the same weights as an untouched run when it goes on."""
-    from inverse.variational.amortised_training import Training
+    from ppl.amortised.training import Training
 
     command = [
         "train",

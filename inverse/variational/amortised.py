@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from inverse.variational.amortised_fitted import FittedDenoiser
-from inverse.variational.amortised_pairs import Pairs, givens
-from inverse.variational.amortised_result import result
-from inverse.variational.amortised_training import Training, judge
+from inverse.variational.amortised_training import DenoiserTraining, judge
+from ppl.amortised.family import IfCorrected
+from ppl.amortised.pairs import Pairs, givens
+from ppl.amortised.result import posterior_of
 from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
@@ -29,16 +30,6 @@ from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
 
 __all__ = ["AmortisedDenoiser"]
-
-
-class _IfCorrected:
-    """Class data that holds for an object whose draws are weighted; the class itself promises nothing."""
-
-    def __init__(self, corrected: Any, otherwise: Any) -> None:
-        self.corrected, self.otherwise = corrected, otherwise
-
-    def __get__(self, owner: Any, kind: type | None = None) -> Any:
-        return self.corrected if owner is not None and owner.correct else self.otherwise
 
 
 @register
@@ -109,8 +100,8 @@ class AmortisedDenoiser:
     file: str | Path | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Any] = _IfCorrected("in_the_limit", "never")
-    limit: ClassVar[Any] = _IfCorrected(("draws",), ("steps",))
+    exact: ClassVar[Any] = IfCorrected("in_the_limit", "never")
+    limit: ClassVar[Any] = IfCorrected(("draws",), ("steps",))
     exact_when: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
     default_chains: ClassVar[int] = 1
@@ -170,7 +161,7 @@ class AmortisedDenoiser:
             del parts[-1]  # cut short: it would cost the finished chains their draws
         z = torch.stack([p[0] for p in parts], 1)
         log_q = torch.stack([p[1] for p in parts if p[1] is not None], 1) if self.correct else None
-        made = result(fitted, program, z, log_q, monitor)
+        made = posterior_of(fitted, program, z, log_q, monitor)
         return replace(made, attrs={**made.attrs, "complete": made.complete and len(parts) == chains})
 
     def fit(
@@ -209,20 +200,8 @@ class AmortisedDenoiser:
                 )
             start._check([program])
             begun = (start.network, start.scales)
-        training = Training(self, pairs, generator, begun)
-        finished = monitor.finished("training")
-        saved = finished if finished is not None else monitor.resume()
-        if saved is not None:
-            training.load(saved)
-        if finished is None:
-            for _ in monitor.steps(self.steps, "training", start=training.step):
-                loss = training.advance()
-                monitor.cost.add(denoiser_calls=1, denoiser_evals=self.batch, vjps=self.batch)
-                monitor.report(loss=loss)
-                monitor.checkpoint(training.step, training.state)
-            if monitor.interrupted:
-                monitor.checkpoint(training.step, training.state)
-            monitor.finish("training", training.state())
+        training = DenoiserTraining(self, pairs, generator, begun)
+        training.run(monitor, denoiser_calls=1, denoiser_evals=self.batch, vjps=self.batch)
         for note in pairs.notes:
             monitor.note(note)
         history = training.history[: training.step]

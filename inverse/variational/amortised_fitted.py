@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from inverse.variational.amortised_flow import heavy_noise, push_forward
-from inverse.variational.amortised_pairs import Pairs, data_of, givens
-from inverse.variational.amortised_result import result, singles_of
-from inverse.variational.amortised_training import Scales, build_network, judge
-from ppl.errors import CheckpointError, OptionError, ProgramError, ShapeError
+from inverse.variational.amortised_training import build_network, judge
+from ppl.amortised.family import check_same, described_sites, recognise, singles_of
+from ppl.amortised.pairs import Pairs, data_of
+from ppl.amortised.result import posterior_of
+from ppl.amortised.training import Scales
+from ppl.errors import CheckpointError, OptionError, ShapeError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -33,7 +34,6 @@ __all__ = ["FittedDenoiser"]
 
 ROWS_AT_ONCE = 8192
 LARGEST = 64  # entries of a latent vector whose density is worth its Jacobians
-FAR = 6.0  # standard errors between two losses that belong to different programs
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,9 @@ class FittedDenoiser:
         kept = z.shape[1] // chains
         shape = (len(z), chains, kept)
         z = z[:, : chains * kept].reshape(*shape, -1)
-        made = result(fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor)
+        made = posterior_of(
+            fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor
+        )
         return replace(made, cost=monitor.cost.copy(), attrs={**made.attrs, "notes": list(monitor.notes)})
 
     def sample(
@@ -191,17 +193,7 @@ class FittedDenoiser:
 
     def _check(self, singles: Sequence[Program]) -> None:
         """All problems have the sites, covariates and parameters that were simulated."""
-        names, hashed = self.given
-        for one in singles:
-            if _sites(one) != _sites(self.program):
-                raise ShapeError(
-                    f"the denoiser was trained on the sites {_sites(self.program)}, the program has {_sites(one)}"
-                )
-            if givens(one, names)[1] != hashed:
-                raise ProgramError(
-                    f"the denoiser was trained with other values of {names}; only observed data may differ from those "
-                    "of the training: train again, or make them latent sites or data"
-                )
+        check_same(self.program, self.given, singles, "denoiser")
 
     def _warn(self, data: Tensor, monitor: Monitor) -> None:
         outside = max(self.scales.outside(row) for row in data)
@@ -221,7 +213,7 @@ class FittedDenoiser:
             "format": 1,
             "network": {"width": own.width, "depth": own.depth} if own.network is None else None,
             "levels": own.levels_of_training,
-            "sites": _sites(self.program),
+            "sites": described_sites(self.program),
             "given": tuple(self.given),
             "loss": self.loss,
             "complete": self.complete,
@@ -275,8 +267,10 @@ class FittedDenoiser:
                 "holds weights of a network of your own: pass network=" if network is None else "has its own network"
             )
             raise OptionError(f"{where} {which}")
-        if meta["sites"] != _sites(program):
-            raise ShapeError(f"{where} was trained on the sites {meta['sites']}, but the program has {_sites(program)}")
+        if meta["sites"] != described_sites(program):
+            raise ShapeError(
+                f"{where} was trained on the sites {meta['sites']}, but the program has {described_sites(program)}"
+            )
         options = AmortisedDenoiser(**(meta["network"] or {}), network=network, **meta["levels"])
         pairs = Pairs(program)
         built = build_network(options, pairs, torch.Generator(program.device).manual_seed(0))
@@ -303,24 +297,6 @@ class FittedDenoiser:
             given=(names, hashed),
         )
         loaded._check([program])
-        loaded._recognise(pairs, where)
+        judged = judge(loaded.network, loaded.options.levels_of_training, scales, pairs, seed=1)
+        recognise(judged, loaded.loss, where)
         return loaded
-
-    def _recognise(self, pairs: Pairs, where: str) -> None:
-        """Refuse a program that simulates other data, or on whose simulations the denoiser errs otherwise."""
-        mean, stderr, distance = judge(self.network, self.options.levels_of_training, self.scales, pairs, seed=1)
-        gap = abs(mean - self.loss[0]) / math.hypot(stderr, self.loss[1])
-        if max(gap, distance) > FAR:
-            raise ProgramError(
-                f"{where} was trained on another program: simulations of this one differ by {distance:.1f} standard "
-                f"errors from those of the training, and the loss on them by {gap:.1f}; only observed data may differ, "
-                "not priors, noise or the forward model"
-            )
-
-
-def _sites(program: Program) -> dict[str, str]:
-    """What has to agree between the program that was simulated and the one to be solved."""
-    return {
-        n: f"{'data' if s.observed else 'noise' if n in program.lifted else 'latent'} {tuple(s.shape)} in {s.support}"
-        for n, s in program.sites.items()
-    }

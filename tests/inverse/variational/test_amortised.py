@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ppl
 from inverse import AmortisedDenoiser, FittedDenoiser
 from inverse.variational.amortised_flow import heavy_noise, push_forward
-from inverse.variational.amortised_pairs import Pairs
 from models.references import gaussian_problem
+from ppl.amortised.pairs import Pairs
 from ppl.diagnostics.rank_tests import ecdf_p_values
 from ppl.errors import CheckpointError, OptionError, ProgramError, ShapeError
 from sde.schedule import log_grid

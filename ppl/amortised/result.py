@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ppl.amortised.family import singles_of
 from ppl.backend import stack_problems
 from ppl.flat import FlatDensity
 from ppl.monitor import Monitor
@@ -16,15 +18,48 @@ from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.vi.fitted import full_log_density
 
-if TYPE_CHECKING:
-    from inverse.variational.amortised_fitted import FittedDenoiser
-
-__all__ = ["result", "singles_of"]
+__all__ = ["Trained", "posterior_of"]
 
 LANES = 512
 
 
-def result(fitted: FittedDenoiser, program: Program, z: Tensor, log_q: Tensor | None, monitor: Monitor) -> Posterior:
+class Trained(Protocol):
+    """What is read of a trained posterior; it becomes the guide."""
+
+    @property
+    def options(self) -> Any:
+        """The backend."""
+        ...
+
+    @property
+    def history(self) -> Tensor:
+        """(steps,) training losses."""
+        ...
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        """Loss on fresh simulations, with its standard error."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether the training ran to its end."""
+        ...
+
+
+def log_joint(flat: FlatDensity, z: Tensor) -> Tensor:
+    """Log density (draws,) of the program on unconstrained vectors."""
+    return full_log_density(flat, z, LANES)[0]
+
+
+def posterior_of(
+    fitted: Trained,
+    program: Program,
+    z: Tensor,
+    log_q: Tensor | None,
+    monitor: Monitor,
+    densities: Sequence[Callable[[FlatDensity, Tensor], Tensor]] | None = None,
+) -> Posterior:
     """The posterior of unconstrained draws.
 
     Args:
@@ -33,6 +68,7 @@ def result(fitted: FittedDenoiser, program: Program, z: Tensor, log_q: Tensor | 
         z: (problems, chains, draws, dim).
         log_q: (problems, chains, draws) their log density, for weighted draws.
         monitor: cost and notes.
+        densities: for each problem its log density, where it is not that of the program.
     """
     singles = singles_of(program)
     shape = z.shape[1:3]
@@ -43,7 +79,7 @@ def result(fitted: FittedDenoiser, program: Program, z: Tensor, log_q: Tensor | 
         draws = {n: v.reshape(*shape, *v.shape[1:]) for n, v in flat.constrain(rows).items()}
         extra: dict[str, Any] = {}
         if log_q is not None:
-            log_p, _ = full_log_density(one.flat(), rows, LANES)
+            log_p = (log_joint if densities is None else densities[i])(one.flat(), rows)
             monitor.cost.add(density_evals=len(rows))
             log_weight = (log_p - log_q[i].reshape(-1)).double()
             extra = _weighted(log_weight.reshape(shape), log_p.reshape(shape), log_q[i])
@@ -79,8 +115,3 @@ def _weighted(log_weight: Tensor, log_p: Tensor, log_q: Tensor) -> dict[str, Any
     k_hat = pareto_khat(flat) if fit else torch.tensor(math.nan, dtype=torch.float64)
     info = {"lp": log_p, "log_q": log_q, "pareto_k": k_hat}
     return {"log_weight": log_weight, "log_evidence": Estimate(value, spread), "info": info}
-
-
-def singles_of(program: Program) -> list[Program]:
-    """The problems of a program, one by one."""
-    return [program] if program.problems is None else [program.problem(i) for i in range(program.problems)]
