@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl.errors import NotFiniteError, OptionError
 
-__all__ = ["kish_ess", "mean", "merged_root_ess", "normalise", "quantile", "sd", "systematic"]
+__all__ = ["kish_ess", "mean", "merged_root_ess", "normalise", "quantile", "sd", "systematic", "systematic_from"]
 
 
 def normalise(log_weight: Tensor) -> Tensor:
@@ -147,14 +147,33 @@ def systematic(weights: Tensor | None, total: int, count: int, problems: int, ge
     if total == 0:
         raise OptionError(f"cannot resample {count} draws from none")
     start = torch.rand(problems, 1, generator=generator, device=generator.device, dtype=torch.float64).cpu()
-    points = (torch.arange(count, dtype=torch.float64) + start) / count
     if weights is None:
+        points = (torch.arange(count, dtype=torch.float64) + start) / count
         return (points * total).long().clamp_max(total - 1)
-    reached = weights.cpu().cumsum(1)
+    return systematic_from(weights.cpu(), count, start)
+
+
+def systematic_from(weights: Tensor, count: int, start: Tensor) -> Tensor:
+    """`systematic` from given uniform numbers, where the weights live; weights of zero are never drawn.
+
+    Args:
+        weights: (problem, total) float64, with a positive sum.
+        count: number of indices.
+        start: (problem, 1) float64 uniform draws on [0, 1).
+
+    Returns:
+        (problem, count) ascending.
+
+    Example:
+        >>> systematic_from(torch.tensor([[0.5, 0.25, 0.25]]).double(), 4, torch.tensor([[0.5]]).double()).tolist()
+        [[0, 0, 1, 2]]
+    """
+    points = (torch.arange(count, dtype=torch.float64, device=weights.device) + start) / count
+    reached = weights.cumsum(1)
     # The sum is one only up to rounding; the last point must not fall off the end, nor on a draw of weight zero.
     index = torch.searchsorted(reached / reached[:, -1:], points, right=True)
-    last = (weights.cpu() > 0).long().mul(torch.arange(1, total + 1)).amax(1, keepdim=True) - 1
-    return torch.minimum(index, last)
+    place = torch.arange(1, weights.shape[1] + 1, device=weights.device)
+    return torch.minimum(index, (weights > 0).long().mul(place).amax(1, keepdim=True) - 1)
 
 
 def _wide(x: Tensor) -> Tensor:

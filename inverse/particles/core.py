@@ -22,6 +22,7 @@ from torch import Tensor
 from ppl.diagnostics.ess import kish_ess, merge_root_ess, root_ess
 from ppl.errors import NotFiniteError
 from ppl.monitor import Monitor
+from ppl.weighted import systematic_from
 
 __all__ = ["AllDeadError", "Kernel", "Merged", "Moves", "Population", "Run", "merge", "run_particles", "systematic"]
 
@@ -42,9 +43,7 @@ def systematic(log_weight: Tensor, count: int, u: Tensor) -> Tensor:
         >>> systematic(torch.tensor([0.5, 0.25, 0.25]).log(), 4, torch.tensor(0.5))
         tensor([0, 0, 1, 2])
     """
-    cumulative = torch.softmax(log_weight.double(), -1).cumsum(-1)
-    points = (torch.arange(count, device=u.device, dtype=torch.float64) + u.double()) / count
-    return torch.searchsorted(cumulative, points).clamp(max=len(log_weight) - 1)
+    return systematic_from(torch.softmax(log_weight.double(), -1)[None], count, u.double().reshape(1, 1))[0]
 
 
 class Population(Protocol):

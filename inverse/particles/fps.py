@@ -18,19 +18,17 @@ The published weights have l = 0 and tau^2 for v_b (1 - l): noise of the data th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inverse.particles.backend import ParticleBackend
-from inverse.particles.spectral import ConjugateKernel, Said, check_reversal, check_solver, log_normal
+from inverse.particles.conjugate import ConjugateBackend, ConjugateKernel, Said
+from inverse.particles.spectral import log_normal
 from inverse.problem import DiffusionProblem
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
 
 __all__ = ["FPSSMC"]
@@ -38,7 +36,7 @@ __all__ = ["FPSSMC"]
 
 @register
 @dataclass(frozen=True)
-class FPSSMC(ParticleBackend):
+class FPSSMC(ConjugateBackend):
     """FPS-SMC for linear data with Gaussian noise and an operator with a decomposition; no vjp.
 
     Exact for the program with the prior as the solver's steps make it, at any number of them, as particles grow: copy
@@ -77,15 +75,10 @@ class FPSSMC(ParticleBackend):
         True
     """
 
-    solver: Solver = field(default_factory=DPMSolver2MSDE)
     slack: float = 1.0
-
-    exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_solver(self.solver)
-        check_reversal(self.solver, "FPSSMC")
         if not (self.slack > 0 and math.isfinite(self.slack)):
             raise OptionError(f"slack must be positive and finite, in units of the noise level, got {self.slack}")
 

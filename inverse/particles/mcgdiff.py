@@ -10,18 +10,16 @@ Data noisier than the first level are absorbed by the start, data finer than the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inverse.particles.backend import ParticleBackend
-from inverse.particles.spectral import ConjugateKernel, Said, check_reversal, check_solver, log_normal
+from inverse.particles.conjugate import ConjugateBackend, ConjugateKernel, Said
+from inverse.particles.spectral import log_normal
 from inverse.problem import DiffusionProblem
 from ppl.backend import register
 from ppl.cost import Cost
-from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
 
 __all__ = ["MCGdiff"]
@@ -29,7 +27,7 @@ __all__ = ["MCGdiff"]
 
 @register
 @dataclass(frozen=True)
-class MCGdiff(ParticleBackend):
+class MCGdiff(ConjugateBackend):
     """MCGdiff for linear data with Gaussian noise and an operator with a decomposition; no vjp.
 
     Exact as particles and steps grow: it takes the path as the reversal of noising, which it is when steps are small.
@@ -63,15 +61,6 @@ class MCGdiff(ParticleBackend):
         >>> abs(posterior.log_evidence.value.item() + 1.4305) < 0.1                 # log N(1; 0, 1.25)
         True
     """
-
-    solver: Solver = field(default_factory=DPMSolver2MSDE)
-
-    exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_solver(self.solver)
-        check_reversal(self.solver, "MCGdiff")
 
     def kernel(self, problem: DiffusionProblem, cost: Cost) -> MCGdiffKernel:
         """The prior's step given where the data are on the path."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import ppl
 from inverse.particles import FPSSMC
+from inverse.particles.conjugate import Said
 from inverse.particles.fps import FPSKernel
-from inverse.particles.spectral import Said
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from sde import GaussianMixture
