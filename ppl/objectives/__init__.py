@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ppl.objectives.bounds import DIWHVI, ELBO, HVI, IWELBO, IWHVI, VIMCO, Renyi, leave_one_out
-from ppl.objectives.context import Context, Draw, Particles, Stochastic, logmeanexp
+from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Exact, LogDensity, Reciprocal
+from ppl.objectives.draw import Draw, Particles, Stochastic, logmeanexp
 from ppl.objectives.engine import Engine, Gradient, gradient
 from ppl.objectives.estimators import Enumerate, MeasureValued, Rebar, Reinforce, Reparam
 from ppl.objectives.expectation import Expectation

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ppl.errors import OptionError
-from ppl.objectives.context import Context, logmeanexp
+from ppl.objectives.context import Context
+from ppl.objectives.draw import logmeanexp
 from ppl.objectives.stochastic import SIR, Marginal
 
 __all__ = ["DIWHVI", "ELBO", "HVI", "IWELBO", "IWHVI", "VIMCO", "Renyi", "leave_one_out"]

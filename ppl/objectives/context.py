@@ -13,122 +13,24 @@ axes and returns (samples, *data), to be maximised.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import OptionError
 from ppl.objectives.density import Direct, Exact, LogDensity, direct, reciprocal
-from ppl.objectives.estimators import Estimator, Rebar, Reinforce, Reparam
-from ppl.objectives.noise import SharedNoise
-from ppl.objectives.relaxed import relaxed_draw
-from ppl.objectives.run import Node, Setting, run_lanes, unpad
+from ppl.objectives.draw import Address, Draw, Particles, Stochastic
+from ppl.objectives.drawing import draw_site
+from ppl.objectives.estimators import Estimator, Reparam
+from ppl.objectives.run import Node, Setting, run_lanes
 
 if TYPE_CHECKING:
     from ppl.objectives.engine import Engine
 
-__all__ = ["Context", "Draw", "Given", "Particles", "Stochastic", "learned", "logmeanexp"]
-
-Address = tuple[int, str]
-
-
-def logmeanexp(x: Tensor, dim: int = 0) -> Tensor:
-    """log mean exp over an axis, the newest particle axis by default.
-
-    Example:
-        >>> logmeanexp(torch.tensor([0.0, 0.0]))
-        tensor(0.)
-    """
-    return x.logsumexp(dim) - math.log(x.shape[dim])
-
-
-@dataclass(eq=False)
-class Particles:
-    """An axis of particles; `baseline` sets what is taken from the cost in the score of each one.
-
-    Args:
-        size: particles.
-    """
-
-    size: int
-    control: Tensor | None = None
-
-    def baseline(self, value: Tensor) -> None:
-        """A baseline (size, *outer axes, samples, *data) for the draws on this axis, independent of each one's own.
-
-        Entry k may depend on all particles but the k-th, and then leaves the gradient unbiased.
-        """
-        self.control = value.detach()
-
-
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """Values of a program's sites and the density that came with them.
-
-    `draw["z"]` is the value of a site, (*particles, samples, *plates, *event).
-
-    Args:
-        values: values by site, padded to the plates of all programs.
-        density: the log density; exact for a program, of the reciprocal for `Marginal` and `Normalize`.
-        auxiliary: sites that are none of the model's.
-        nodes: what is known of each site.
-        lanes: lane axes.
-    """
-
-    values: dict[str, Tensor]
-    density: LogDensity
-    auxiliary: frozenset[str] = frozenset()
-    nodes: dict[str, Node] = field(default_factory=dict, repr=False)
-    lanes: int = 0
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.values[name]
-        node = self.nodes.get(name)
-        if node is None:
-            return value
-        pads = value.ndim - node.event_dim - self.lanes - node.rank
-        return value.reshape(*value.shape[: self.lanes], *value.shape[self.lanes + pads :]) if pads > 0 else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
-
-    def only(self, names: Any) -> Draw:
-        """The same draw with some of its sites."""
-        kept = {n: v for n, v in self.values.items() if n in set(names)}
-        return replace(self, values=kept, auxiliary=frozenset())
-
-    def detached(self) -> Draw:
-        """The same draw, through which no gradient flows."""
-        return replace(
-            self,
-            values={n: v.detach() for n, v in self.values.items()},
-            density=type(self.density)(self.density.log.detach()),
-        )
-
-
-class Stochastic:
-    """A program whose density is only estimated; see `Marginal` and `Normalize`."""
-
-    def sim(self, ctx: Context, *, detach: bool = False) -> Draw:
-        """A draw and an estimate whose reciprocal is unbiased."""
-        raise TypeError(f"{type(self).__name__} cannot be drawn from")
-
-    def density(self, ctx: Context, values: Draw, *, frozen: bool = False) -> Direct:
-        """An unbiased estimate of the density of values."""
-        raise TypeError(f"{type(self).__name__} has no density")
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A program called with values of other sites as its first argument, a dict."""
-
-    program: Any
-    values: Mapping[str, Tensor]
+__all__ = ["Context"]
 
 
 class Context:
@@ -251,7 +153,7 @@ class Context:
         if isinstance(program, Stochastic):
             return program.density(self, draw, frozen=frozen)
         call = self._next()
-        self.engine.match(program, draw)
+        self.engine.programs.match(program, draw)
         given = self._padded(draw)
         nodes = self._run(program, call, given, draw=False, detach=False, simulate=False, frozen=frozen)
         self.scored.extend((n, node.raw) for n, node in nodes.items())
@@ -259,7 +161,7 @@ class Context:
 
     def latents(self, program: Any) -> tuple[str, ...]:
         """Names of a program's latent sites."""
-        return self.engine.latents(program)
+        return self.engine.programs.latents(program)
 
     # Expectations ----------------------------------------------------------------------------------------------------
 
@@ -312,14 +214,14 @@ class Context:
         """
         address = (self._next(), name)
         probs = torch.softmax(log_weight.detach(), 0)
-        shape = self.lead + self.engine.data_shape(log_weight.shape[1 + len(self.lead) :])
+        shape = self.lead + self.engine.plan.data_shape(log_weight.shape[1 + len(self.lead) :])
         if address in self.forced:
-            index = self.engine.collect(self.forced[address], len(self.lead)).expand(shape)
+            index = self.engine.plan.collect(self.forced[address], len(self.lead)).expand(shape)
         else:
             self._seed(address)
             index = torch.multinomial(probs.reshape(len(probs), -1).mT, 1)[:, 0].reshape(shape)
         score = torch.log_softmax(log_weight, 0).gather(0, index[None])[0]
-        padded, raw = self.engine.spread(index, len(self.lead)), self.engine.spread(score, len(self.lead))
+        padded, raw = self.engine.plan.spread(index, len(self.lead)), self.engine.plan.spread(score, len(self.lead))
         states = torch.arange(len(log_weight), device=index.device)
         node = Node(padded, raw, raw, 1.0, (), 0, 0, False, True, False, True, None, True, estimator, states=states)
         if not detach:
@@ -348,11 +250,11 @@ class Context:
 
     def _padded(self, draw: Draw) -> dict[str, Tensor]:
         """Values with all lane axes of this place."""
-        plates = self.engine.plates
+        plates = self.engine.programs.plates
         out = {}
         for name, value in draw.values.items():
             node = draw.nodes.get(name)
-            event = self.engine.event_dim(name) if node is None else node.event_dim
+            event = self.engine.programs.event_dim(name) if node is None else node.event_dim
             batch = value.ndim - event
             if node is None and 0 <= batch <= plates:  # one value for all lanes
                 value = value.reshape((1,) * (plates - batch) + tuple(value.shape))
@@ -374,88 +276,37 @@ class Context:
         frozen: bool,
     ) -> dict[str, Node]:
         engine = self.engine
-        source = engine.source(program, self.data)
+        source = engine.programs.source(program, self.data)
         params = {n: p.detach() for n, p in self.params.items()} if frozen or detach else self.params
         self._seed((call, None))  # for plates, and what programs draw outside of sites
 
         def one(name: str, msg: Any) -> tuple[Tensor, Estimator | None, Tensor | None]:
-            return self._draw((call, name), msg, detach)
+            return draw_site(self, (call, name), msg, detach)
 
         setting = Setting(params, given, self.data, one if draw else None, simulate, self.indices, engine.dtype)
-        ranks = engine.ranks(program)
+        ranks = engine.programs.ranks(program)
         try:
-            nodes = run_lanes(source, setting, self.lead, engine.plates, ranks, loop=engine.loop)
+            nodes = run_lanes(source, setting, self.lead, engine.programs.plates, ranks, loop=engine.programs.loop)
         except (RuntimeError, ValueError, IndexError):
-            if engine.planned or engine.loop or not self.data:
+            if engine.plan.complete or engine.programs.loop or not self.data:
                 raise
-            engine.disagree()
-        if self.data and not engine.planned and not engine.loop:
-            engine.check_observing(source, setting, self.lead, nodes)
+            engine.programs.disagree()
+        if self.data and not engine.plan.complete and not engine.programs.loop:
+            engine.programs.check_observing(source, setting, self.lead, nodes)
         self.frames.extend(node.frames for node in nodes.values())
         return nodes
-
-    def _draw(self, address: Address, msg: Any, detach: bool) -> tuple[Tensor, Estimator | None, Tensor | None]:
-        fn, lane = msg["fn"], msg.get("lane")
-        self.seen.setdefault(address, (fn, msg["infer"]))
-        estimator = None if detach else self.engine.estimator(address, fn, msg["infer"])
-        if address in self.forced:
-            value = self.forced[address]
-            if lane is not None:
-                i, lead, plates = lane
-                value = value.expand(lead + value.shape[len(lead) :])
-                value = unpad(value.reshape(-1, *value.shape[len(lead) :])[i], plates)
-                value = value.expand(fn.batch_shape + fn.event_shape)
-            return value, estimator, None
-        if lane is None:
-            self._seed(address)
-        else:
-            self._seed((*address, lane[0]))
-        if isinstance(estimator, Rebar):
-            if lane is not None:
-                raise OptionError(f"site {address[1]!r}: Rebar needs programs that run in one batch; use Reinforce")
-            value, *self.relaxed[address] = relaxed_draw(fn, estimator.temperature)
-        elif isinstance(estimator, Reparam):
-            shared = lane is None and self.states > 1
-            with SharedNoise(len(self.axes), self.states) if shared else nullcontext():
-                value = fn.rsample()
-        else:
-            with torch.no_grad():
-                value = fn.sample()
-        baseline = None
-        if isinstance(estimator, Reinforce) and torch.is_grad_enabled():
-            baseline = learned(address[1], estimator)
-        return value, estimator, baseline
 
     def _total(self, nodes: Mapping[str, Node]) -> Tensor:
         """Scaled log densities summed to (*particles, samples, *data)."""
         total: Tensor | float = 0.0
         for node in nodes.values():
-            scale = self.engine.inner_scale(node)
+            scale = self.engine.plan.inner_scale(node)
             term = node.raw if isinstance(scale, float) and scale == 1.0 else node.raw * scale
-            total = total + self.engine.collect(term, len(self.lead))
+            total = total + self.engine.plan.collect(term, len(self.lead))
         if not isinstance(total, Tensor):
-            total = torch.zeros(self.lead + self.engine.data_shape(()), dtype=self.engine.dtype)
+            total = torch.zeros(self.lead + self.engine.plan.data_shape(()), dtype=self.engine.dtype)
         return total
 
     def log_weight(self, numerator: LogDensity, denominator: LogDensity) -> Tensor:
         """log of an unbiased importance weight; the same as `numerator - denominator`."""
         return direct(numerator, "the numerator") - reciprocal(denominator, "the denominator")
-
-
-def learned(name: str, estimator: Reinforce) -> Tensor | None:
-    """The prediction of a learned baseline; a module is registered, so that it is trained with the guide."""
-    baseline = estimator.baseline
-    if isinstance(baseline, str):
-        return None
-    if isinstance(baseline, Tensor):
-        return baseline
-    if isinstance(baseline, torch.nn.Module):
-        import pyro
-
-        pyro.module(f"{name}_baseline", baseline)
-    given = estimator.given
-    given = given.detach() if isinstance(given, Tensor) else given
-    out = baseline(given) if given is not None else baseline()
-    if not isinstance(out, Tensor):
-        raise ShapeError(f"the baseline of site {name!r} must return a tensor, got {type(out).__name__}")
-    return out

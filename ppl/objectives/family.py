@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ppl.errors import ProgramError
 from ppl.flat import FlatDensity
-from ppl.objectives.context import Context, Draw, Stochastic
+from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Exact
+from ppl.objectives.draw import Draw, Stochastic
 from ppl.vi.fitted import draw_subsample
 from ppl.vi.guides import Guide
 

@@ -16,8 +16,9 @@ from ppl.cost import Cost
 from ppl.errors import CheckpointError, OptionError, ShapeError
 from ppl.monitor import Monitor
 from ppl.objectives.bounds import ELBO
-from ppl.objectives.context import Context, Stochastic
+from ppl.objectives.context import Context
 from ppl.objectives.density import direct, reciprocal
+from ppl.objectives.draw import Stochastic
 from ppl.objectives.engine import Engine
 from ppl.objectives.family import GUIDE, FlatGuide, FlatModel
 from ppl.posterior import Estimate, Posterior

@@ -11,7 +11,7 @@ from ppl.errors import ProgramError, ShapeError
 from ppl.objectives.run import Node
 
 if TYPE_CHECKING:
-    from ppl.objectives.context import Draw
+    from ppl.objectives.draw import Draw
 
 __all__ = ["match"]
 

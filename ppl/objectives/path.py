@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ppl.objectives.bounds import _some
-from ppl.objectives.context import Context, logmeanexp
+from ppl.objectives.context import Context
+from ppl.objectives.draw import logmeanexp
 
 __all__ = ["DReG", "StickingTheLanding"]
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ppl.errors import OptionError, ProgramError
-from ppl.objectives.context import Context, Draw, Given, Stochastic, logmeanexp
+from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Exact, Reciprocal, direct
+from ppl.objectives.draw import Draw, Given, Stochastic, logmeanexp
 from ppl.objectives.estimators import Enumerate, Reinforce
 
 __all__ = ["SIR", "Marginal", "Normalize"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ppl.errors import ProgramError
 from ppl.objectives.bounds import _some
-from ppl.objectives.context import Context, logmeanexp
+from ppl.objectives.context import Context
+from ppl.objectives.draw import logmeanexp
 
 __all__ = ["ForwardKL", "Sleep", "SymmetricKL", "WakeModel"]
 
@@ -115,9 +116,9 @@ class SymmetricKL:
 
 
 def _observed(ctx: Context, model: Any) -> list[str]:
-    names = [n for n, node in ctx.engine.nodes(model).items() if node.observed and node.is_data]
+    names = [n for n, node in ctx.engine.programs.nodes(model).items() if node.observed and node.is_data]
     for name in names:
-        if not ctx.engine.carries(name):
+        if not ctx.engine.programs.carries(name):
             raise ProgramError(
                 f"no argument of the programs carries the data of site {name!r}, for which drawn data could be put; "
                 "pass it to ppl.Program(model, data) and give the guide the same arguments"

@@ -1,0 +1,201 @@
+"""What one dry run of an objective finds: the plates that all sites share, and how each site is treated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppl.errors import CapabilityError, ShapeError
+from ppl.objectives.context import Context
+from ppl.objectives.draw import Address
+from ppl.objectives.estimators import (
+    Enumerate,
+    Estimator,
+    Policy,
+    Rebar,
+    Reinforce,
+    Reparam,
+    chosen,
+    defaults,
+    support_of,
+)
+from ppl.objectives.programs import Disagreement, Programs
+from ppl.objectives.run import Node
+from ppl.trace import seeded, settings
+
+if TYPE_CHECKING:
+    from ppl.objectives.engine import Engine
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass
+class Plan:
+    """What one dry run found: the plates all sites share, and how each site is treated.
+
+    Args:
+        programs: what the plan is for.
+        dims: axes (negative) of the shared plates, outermost first.
+        sizes: their sizes.
+        scale: full over shown data.
+        names: their names.
+        estimators: by address.
+        states: finite supports of the enumerated sites.
+        shapes: shapes of their values at one sample, without the axes of one coordinate.
+        lanes: lane axes of every site.
+        complete: whether the dry run is over.
+    """
+
+    programs: Programs
+    dims: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    scale: float = 1.0
+    names: frozenset[str] = frozenset()
+    estimators: dict[Address, Estimator] = field(default_factory=dict)
+    states: dict[Address, Tensor] = field(default_factory=dict)
+    shapes: dict[Address, tuple[int, ...]] = field(default_factory=dict)
+    lanes: dict[Address, int] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def plates(self) -> int:
+        """Axes that are kept for plates."""
+        return self.programs.plates
+
+    @property
+    def joint(self) -> int:
+        """Joint states of all enumerated sites of a datum."""
+        return math.prod(len(self.states[a]) ** math.prod(self.shapes[a]) for a in self.states)
+
+    def collect(self, x: Tensor, lanes: int) -> Tensor:
+        """Sum (*lanes, *plates) over all plates but the shared ones: (*lanes, *data)."""
+        dims = self.dims
+        drop = [lanes + i for i in range(self.plates) if i - self.plates not in dims]
+        return x.sum(drop) if drop else x
+
+    def spread(self, x: Tensor, lanes: int) -> Tensor:
+        """The inverse of `collect` in shape: (*lanes, *data) to (*lanes, *plates), with ones."""
+        sizes = iter(x.shape[lanes:])
+        return x.reshape(*x.shape[:lanes], *(next(sizes) if i in self.dims else 1 for i in range(-self.plates, 0)))
+
+    def data_shape(self, like: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the shared plates."""
+        return self.sizes
+
+    def inner_scale(self, node: Node) -> Any:
+        """What a site's density counts for inside one datum."""
+        return node.scale if self.scale == 1.0 else node.scale / self.scale
+
+    def estimator(self, address: Address, fn: Any, infer: Mapping[str, Any], policy: Policy | None) -> Estimator:
+        """The estimator of a site; any that it has while the dry run is under way."""
+        if not self.complete:
+            return chosen(address[1], fn, infer, policy) or (Reparam() if fn.has_rsample else Reinforce())
+        if address not in self.estimators:
+            self.estimators[address] = chosen(address[1], fn, infer, policy) or defaults(fn, 1, 0, 1)
+        return self.estimators[address]
+
+    def free_axes(self, ndim: int, lanes: int, event: int) -> list[int]:
+        """Axes of a value other than samples and shared plates."""
+        fixed = {lanes - 1} | {ndim - event + d for d in self.dims}
+        return [i for i in range(ndim) if i not in fixed]
+
+    def assignments(self, samples: int) -> dict[Address, Tensor]:
+        """Values of all enumerated sites: every joint state, for every sample."""
+        digits = [(a, len(self.states[a])) for a in self.states for _ in range(math.prod(self.shapes[a]))]
+        total = math.prod(size for _, size in digits)
+        rest = torch.arange(total, device=self.programs.device)
+        columns: dict[Address, list[Tensor]] = {a: [] for a in self.states}
+        for address, size in digits:
+            columns[address].append(rest % size)
+            rest = rest // size
+        forced = {}
+        for address, parts in columns.items():
+            # (joint states, *coordinates), the axis of samples among them of size one.
+            lanes, shape = self.lanes[address], self.shapes[address]
+            index = torch.stack(parts, 1).reshape(total, *shape).movedim(0, lanes - 1)
+            index = index.expand(*index.shape[:lanes], samples, *index.shape[lanes + 1 :])
+            index = index.flatten(lanes - 1, lanes)
+            forced[address] = self.states[address][index]
+        return forced
+
+
+def make_plan(engine: Engine) -> Plan:
+    """One dry run: plates that all sites share, estimators, joint states.
+
+    Raises:
+        CapabilityError: there are too many joint states, or estimators that cannot stand beside each other.
+        ShapeError: the objective keeps a particle axis.
+    """
+    plan, programs = engine.plan, engine.programs
+    # With gradients, so that estimators can see which parameters have one.
+    params = {n: p.clone().requires_grad_() for n, p in programs.parameters.items()}
+    with torch.enable_grad(), seeded(engine._generator), settings(programs.dtype, validate=False):
+        ctx = Context(engine, params, 2, {}, {}, {})
+        try:
+            value = engine.objective(ctx, engine.model, engine.guide)
+        except Disagreement:
+            programs.run_singly()
+            ctx = Context(engine, params, 2, {}, {}, {})
+            value = engine.objective(ctx, engine.model, engine.guide)
+        if isinstance(value, Tensor) and value.ndim > 1:
+            raise ShapeError(
+                f"the objective returned the shape {tuple(value.shape)} for one sample; reduce the particle axes, "
+                "as by logmeanexp(weight) or weight.mean(0)"
+            )
+    _shared(plan, ctx.frames)
+    joint = 1
+    for address, (node, axes) in ctx.sites.items():
+        lanes = plan.lanes[address] = len(axes) + 1
+        shape = node.value.shape[: node.value.ndim - node.atom]
+        free = plan.free_axes(len(shape), lanes, node.event_dim - node.atom)
+        coordinates = math.prod(shape[i] for i in free)
+        estimator, states = node.estimator, node.states
+        if address in ctx.seen:
+            fn, infer = ctx.seen[address]
+            states = support_of(fn)
+            count = 0 if states is None else len(states) ** min(coordinates, 64)
+            estimator = chosen(address[1], fn, infer, engine.policy) or defaults(fn, coordinates, count, joint)
+        assert estimator is not None
+        if isinstance(estimator, Enumerate):
+            assert states is not None
+            joint *= len(states) ** coordinates
+            if joint > estimator.limit:
+                raise CapabilityError(
+                    f"site {address[1]!r}: enumeration without bound: {len(states)} states of {coordinates} "
+                    f"coordinates of one datum, with all particles, make {joint:.3g} joint states, more than "
+                    f'{estimator.limit}; put independent data into plates that all sites share, or use "mvd", '
+                    '"reinforce" or fewer particles'
+                )
+            plan.states[address] = states
+            plan.shapes[address] = tuple(shape[i] if i in free else 1 for i in range(len(shape)))
+        plan.estimators[address] = estimator
+    plan.complete = True
+    _check_together(plan)
+    return plan
+
+
+def _check_together(plan: Plan) -> None:
+    """Raise for estimators that cannot stand beside each other."""
+    kinds = {name: type(plan.estimators[c, name]) for c, name in plan.estimators}
+    others = [n for n, kind in kinds.items() if kind not in (Rebar, Reparam)]
+    if Rebar in kinds.values() and (others or list(kinds.values()).count(Rebar) > 1):
+        raise CapabilityError(
+            f"Rebar is unbiased for one site beside reparameterised ones, but these are {sorted(kinds)}; use "
+            '"reinforce", "mvd" or "enum" for all but the reparameterised'
+        )
+
+
+def _shared(plan: Plan, frames: Sequence[tuple[Any, ...]]) -> None:
+    """The vectorised plates around every site."""
+    sets = [{(f.name, f.dim, f.size, f.full_size) for f in stack if f.dim is not None} for stack in frames]
+    common = set.intersection(*sets) if sets else set()
+    ordered = sorted(common, key=lambda f: f[1])
+    plan.dims = tuple(f[1] for f in ordered)
+    plan.sizes = tuple(int(f[2]) for f in ordered)
+    plan.names = frozenset(f[0] for f in ordered)
+    plan.scale = float(math.prod(f[3] / f[2] for f in ordered))
