@@ -25,7 +25,7 @@ from ppl.cost import Cost
 from ppl.errors import OptionError
 from sde import Schedule
 
-__all__ = ["DDRM"]
+__all__ = ["DDRM", "restored"]
 
 
 @register
@@ -100,14 +100,20 @@ class _Restoration(Descent):
     def advance(self, step: int, state: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         """One denoiser call, and one step in the singular basis."""
         x, a, b = state["x"], self.levels[step], self.levels[step + 1]
-        eta, eta_b, data = self.options.eta, self.options.eta_b, self.data
-        kept = math.sqrt(1 - eta**2)
         clean = self.problem.prior.denoise(x, a)
         self.cost.likelihood_evals += len(x)
         z = noise.normal(self.problem.shape)
-        moved = clean + kept * b / a * (x - clean) + eta * b * z
-        seen, z_seen = data.of_x(clean), data.of_x(z)
-        gap = data.u - data.s * seen  # (ybar - x^) / tau
-        fine = seen + kept * b * gap + eta * b * z_seen
-        coarse = seen + eta_b * gap / data.s + (b**2 - (eta_b / data.s).square()).clamp(min=0).sqrt() * z_seen
-        return {"x": data.replace(moved, torch.where(data.s * b >= 1, coarse, fine))}
+        return {"x": restored(x, clean, z, a, b, self.data, self.options.eta, self.options.eta_b)}
+
+
+def restored(
+    x: Tensor, clean: Tensor, z: Tensor, a: float, b: float, data: SpectralData, eta: float, eta_b: float = 1.0
+) -> Tensor:
+    """One step a -> b in the singular basis, from the denoised point `clean` and fresh noise z, all like x."""
+    kept = math.sqrt(1 - eta**2)
+    moved = clean + kept * b / a * (x - clean) + eta * b * z
+    seen, z_seen = data.of_x(clean), data.of_x(z)
+    gap = data.u - data.s * seen  # (ybar - x^) / tau
+    fine = seen + kept * b * gap + eta * b * z_seen
+    coarse = seen + eta_b * gap / data.s + (b**2 - (eta_b / data.s).square()).clamp(min=0).sqrt() * z_seen
+    return data.replace(moved, torch.where(data.s * b >= 1, coarse, fine))

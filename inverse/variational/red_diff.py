@@ -44,6 +44,8 @@ WEIGHTINGS: dict[str, Callable[[float], float]] = {
 }
 """w(s) of the published loss, in the noise-to-signal ratio s."""
 
+SMALLEST = 0.03  # singular values below this share of the largest are left out of A^+, as in the authors' operators
+
 
 @register
 @dataclass(frozen=True)
@@ -165,12 +167,17 @@ class _Published(Levels):
         self._residual = residual_fn(problem)
 
     def begin(self, lanes: int, noise: Noise) -> State:
-        """mu = A^+ y, or what the prior expects where A has no pseudo-inverse."""
+        """mu = A^+ y without the smallest singular values, or what the prior expects where A has no pseudo-inverse.
+
+        Their 1 / s would be noise that Adam, which moves by about lr a step, could not take back.
+        """
         likelihood = self.problem.likelihood
         gaussian = likelihood.gaussian if likelihood.is_gaussian else None
         if gaussian is None or gaussian.stddev is None:
             return begun("x", self.blank(lanes))
-        mu = gaussian.measured.pinv(gaussian.data * gaussian.stddev).to(self.problem.device, self.problem.dtype)
+        rcond = SMALLEST if "svd" in gaussian.measured.capabilities else None
+        mu = gaussian.measured.pinv(gaussian.data * gaussian.stddev, rcond=rcond)
+        mu = mu.to(self.problem.device, self.problem.dtype)
         return begun("x", mu.expand(lanes, *self.problem.shape).clone())
 
     def advance(self, step: int, state: State, noise: Noise) -> State:
