@@ -6,6 +6,7 @@ Every backend reads data, operator and noise level from the program.
 from __future__ import annotations
 
 from inverse.exact import Exact
+from inverse.gaussian_likelihood import GaussianLikelihood
 from inverse.guides import (
     DPSGuide,
     FreeDoMGuide,
@@ -17,7 +18,7 @@ from inverse.guides import (
     TMPDGuide,
     as_denoiser,
 )
-from inverse.likelihood import GaussianLikelihood, Likelihood, read_likelihood
+from inverse.likelihood import Likelihood, read_likelihood
 from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
 from inverse.particles import DDSMC, FPSSMC, MCGdiff, MomentClosure, NoiseAndReturn, NuisanceSMC, TwistedSMC
 from inverse.pnp_dm import PnPDM

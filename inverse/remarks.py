@@ -13,7 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from inverse.likelihood import GaussianLikelihood, Likelihood, observe
+from inverse.gaussian_likelihood import GaussianLikelihood
+from inverse.likelihood import Likelihood
 from inverse.operators import CallRecord, record_calls
 from ppl.sites import unwrap
 
@@ -39,7 +40,7 @@ def remarks(likelihood: Likelihood) -> list[str]:
     # Probes are not draws of the prior: zero is a place where every operator is defined.
     x = torch.zeros(likelihood.shape, dtype=likelihood.program.dtype, device=likelihood.program.device)
     with torch.no_grad(), record_calls() as calls:
-        trace = observe(likelihood, x)
+        trace = likelihood.observe(x)
     found = []
     for record in calls:
         found += _alike(record) + _outside(likelihood, record, trace)

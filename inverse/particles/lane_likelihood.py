@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from inverse.likelihood import diffusion_sites, mean_and_noise
+from inverse.likelihood import diffusion_sites
+from inverse.linear_form import mean_and_noise
 from inverse.problem import DiffusionProblem
 from ppl.conditional import Conditional
 from ppl.errors import CapabilityError
