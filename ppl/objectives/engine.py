@@ -9,7 +9,8 @@ Source: surrogates of Foerster et al. (2018) and Lew et al. (2023) [inferred].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Engine:
         ProgramError: guide and model do not fit.
 
     Example:
-        >>> import pyro, ppl
+        >>> import pyro, pyro.distributions as dist, ppl
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Bernoulli(0.3))
         ...     pyro.sample("x", dist.Bernoulli(0.2 + 0.7 * z), obs=x)
@@ -102,6 +103,7 @@ class Engine:
         self.dtype = dtype or (program.dtype if program is not None else torch.get_default_dtype())
         self.device = program.device if program is not None else (device or torch.device("cpu"))
         self.averages: dict[Any, Tensor] = {}
+        self.tape: Any = None
         self._generator = torch.Generator(self.device).manual_seed(0)
         self.programs = Programs(
             model,
@@ -181,38 +183,39 @@ class Engine:
         if samples < 1:
             raise OptionError(f"samples must be one or more, got {samples}")
         self._generator = generator
-        plan = self.plan
         with seeded(generator), settings(self.dtype, validate=False):
-            arms = plan.joint
-            forced = self.plan.assignments(samples)
-            seeds: dict[Any, int] = {}
-            indices = dict(subsample or {})
+            whole, total, ctx = self.terms(params, samples, subsample or {})
+            self.check_finite(whole, ctx)
+            outer = self.plan.scale / samples
+            return whole.detach().sum() * outer, total.sum() * outer
 
-            def cost(extra: Mapping[Address, Tensor]) -> tuple[Tensor, Context]:
-                ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra}, arms)
-                value = self._value(ctx)
-                weight = self._weight(ctx)
-                return (value if weight is None else weight * value), ctx
+    def terms(
+        self, params: Mapping[str, Tensor], samples: int, subsample: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Context]:
+        """(samples, *data) the objective F and the surrogate S of each sample and datum; see the module."""
+        plan, arms = self.plan, self.plan.joint
+        forced = plan.assignments(samples)
+        seeds: dict[Any, int] = {}
+        indices = dict(subsample)
 
-            whole, ctx = cost({})
-            self._check_finite(whole, ctx)
-            total = whole
-            for address, (node, axes) in ctx.sites.items():
-                if isinstance(node.estimator, Reinforce):
-                    total = total + score_term(plan, self.averages, address, node, axes, whole, samples)
-                elif isinstance(node.estimator, Rebar):
-                    soft, given = (node.estimator.scale * cost({address: x})[0] for x in ctx.relaxed[address])
-                    total = (
-                        total
-                        + score_term(plan, self.averages, address, node, axes, whole - given, samples)
-                        + soft
-                        - given
-                    )
-                    total = total - (soft - given).detach()
-                elif isinstance(node.estimator, MeasureValued) and node.arms:
-                    total = total + measured_term(plan, address, node, whole, lambda extra: cost(extra)[0])
-            outer = plan.scale / samples
-            return (whole.detach().sum() * outer), total.sum() * outer
+        def cost(extra: Mapping[Address, Tensor]) -> tuple[Tensor, Context]:
+            ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra}, arms)
+            value = self._value(ctx)
+            weight = self._weight(ctx)
+            return (value if weight is None else weight * value), ctx
+
+        whole, ctx = cost({})
+        total = whole
+        for address, (node, axes) in ctx.sites.items():
+            if isinstance(node.estimator, Reinforce):
+                total = total + score_term(plan, self.averages, address, node, axes, whole, samples)
+            elif isinstance(node.estimator, Rebar):
+                soft, given = (node.estimator.scale * cost({address: x})[0] for x in ctx.relaxed[address])
+                score = score_term(plan, self.averages, address, node, axes, whole - given, samples)
+                total = total + score + soft - given - (soft - given).detach()
+            elif isinstance(node.estimator, MeasureValued) and node.arms:
+                total = total + measured_term(plan, address, node, whole, lambda extra: cost(extra)[0])
+        return whole, total, ctx
 
     def values(
         self,
@@ -269,7 +272,8 @@ class Engine:
         assert isinstance(log, Tensor)
         return log.exp()
 
-    def _check_finite(self, whole: Tensor, ctx: Context) -> None:
+    def check_finite(self, whole: Tensor, ctx: Context) -> None:
+        """Raise where the objective is not finite, naming the site whose density is not."""
         if bool(torch.isfinite(whole).all()):
             return
         bad = [(n, raw) for n, raw in ctx.scored if not bool(torch.isfinite(raw).all())]
@@ -280,6 +284,16 @@ class Engine:
             f"the objective is infinite or not a number: {where} not finite at a draw of the guide. The guide reaches "
             "where the model has no density, or its parameters left their range; check their supports"
         )
+
+    @contextmanager
+    def taped(self, tape: Any) -> Iterator[None]:
+        """Inside, noise is read from a tape (`ppl.objectives.tape.Tape`), which is told the address of every draw."""
+        self.tape = tape
+        try:
+            with tape:
+                yield
+        finally:
+            self.tape = None
 
     def fresh_seed(self) -> int:
         """A seed from the generator of this evaluation."""
