@@ -24,6 +24,7 @@ def logmeanexp(x: Tensor, dim: int = 0) -> Tensor:
     """log mean exp over an axis, the newest particle axis by default.
 
     Example:
+        >>> import torch
         >>> logmeanexp(torch.tensor([0.0, 0.0]))
         tensor(0.)
     """
