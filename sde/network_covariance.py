@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sde.covariance import DenseCovariance, dense_matrices, flat_rows
+from sde.jacobian import vector_jacobian
 from sde.krylov import KrylovCovariance
 from sde.low_rank import LowRankCovariance
 
@@ -58,7 +59,7 @@ class NetworkCovariance:
         self._variance = sigma.square().reshape(*sigma.shape, *[1] * len(event_shape))
         # Flash and memory-efficient attention have no derivative of a derivative; the plain kernel has.
         with sdpa_kernel(SDPBackend.MATH):
-            self.mean, self._vjp = torch.func.vjp(denoise, x)[:2]
+            self.mean, self._pull = vector_jacobian(denoise, x)
 
     @property
     def noise_shape(self) -> Size:
@@ -69,7 +70,7 @@ class NetworkCovariance:
         """J^T v, for v: (*batch, *event)."""
         self._on_product(self._rows)
         with torch.set_grad_enabled(self._grad):
-            return self._vjp(v)[0]
+            return self._pull(v)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, for v: (*batch, *event); one more forward pass."""

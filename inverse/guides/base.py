@@ -18,6 +18,7 @@ from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from ppl.errors import CapabilityError
 from sde import TweedieCovariance
+from sde.jacobian import vector_jacobian
 
 __all__ = ["BoundGuide", "Guide", "Guided", "as_denoiser", "denoise_with_vjp", "likelihood_gradient"]
 
@@ -64,6 +65,8 @@ class Guide(Protocol):
         acts_in: "denoiser" when `posterior` can stand for D in any solver; "step" when it is made for the ancestral
             step from sigma to sigma_next.
         gradient: whether posterior = prior + sigma^2 grad log_twist by construction.
+        per_lane: whether the bound guide can take lanes with data of their own, as a batch of many problems has; it
+            then asks the likelihood about one x of every lane at a time. Optional, false where it is missing.
     """
 
     @property
@@ -122,29 +125,9 @@ def as_denoiser(guide: BoundGuide) -> Callable[[Tensor, Level], Tensor]:
 def denoise_with_vjp(
     problem: DiffusionProblem, x: Tensor, sigma: Level, cost: Cost
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """D(x, sigma) by one call, and v -> J^T v for as many v as wanted, each counted as one vjp per row.
-
-    Plain autograd, which gives less memory back to the system between steps than `torch.func.vjp` does; that one only
-    where a transform or a gradient from outside goes through.
-    """
+    """D(x, sigma) by one call, and v -> J^T v for as many v as wanted, each counted as one vjp per row."""
     rows = x.shape[: x.ndim - len(problem.prior.event_shape)].numel()
-    pull: Callable[[Tensor], Tensor]
-    if torch.is_grad_enabled() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        mean, through = torch.func.vjp(lambda x: problem.prior.denoise(x, sigma), x)[:2]
-
-        def pull(v: Tensor) -> Tensor:
-            return through(v)[0]
-    else:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            tracked = problem.prior.denoise(leaf, sigma)
-        mean = tracked.detach()
-
-        def pull(v: Tensor) -> Tensor:
-            if not tracked.requires_grad:  # a denoiser that is constant
-                return torch.zeros_like(v)
-            (found,) = torch.autograd.grad(tracked, leaf, v, retain_graph=True, materialize_grads=True)
-            return found
+    mean, pull = vector_jacobian(lambda x: problem.prior.denoise(x, sigma), x)
 
     def vjp(v: Tensor) -> Tensor:
         cost.vjps += rows
