@@ -161,8 +161,11 @@ class MixtureForm:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same mixture elsewhere or in another precision."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return type(self)(**{n: v if v is None else v.to(device=device, dtype=dtype) for n, v in parts.items()})
+        moved: dict[str, Any] = {}
+        for name in (f.name for f in fields(self) if f.init):
+            part = getattr(self, name)
+            moved[name] = None if part is None else part.to(device=device, dtype=dtype)
+        return type(self)(**moved)
 
 
 def check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
