@@ -51,6 +51,7 @@ __all__ = [
     "training_levels",
 ]
 
+from sde.block_covariance import BlockCovariance
 from sde.covariance import DenseCovariance, SubspaceCovariance, TweedieCovariance
 from sde.denoiser import (
     CallCount,
@@ -65,7 +66,7 @@ from sde.denoiser import (
 )
 from sde.diffusers import DiffusersDenoiser, from_diffusers, training_levels
 from sde.diffusion import DiffusionPrior
-from sde.joint import BlockCovariance, JointPrior
+from sde.joint import JointPrior
 from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
 from sde.low_rank import LowRankCovariance

@@ -7,81 +7,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Size, Tensor
 
-from sde.covariance import TweedieCovariance, dense_matrices
+from sde.block_covariance import BlockCovariance, join, split
+from sde.covariance import TweedieCovariance
 from sde.log_density import Estimate
 from sde.mixture import GaussianMixture
+from sde.mixture_product import PRODUCT_LIMIT, mixture_product, product_size
 from sde.network_covariance import NetworkCovariance
 from sde.prior import DenoisingPrior, can_look
 from sde.schedule import log_grid
 
 __all__ = ["BlockCovariance", "JointPrior"]
-
-PRODUCT_LIMIT = 2**24
-"""Most numbers in the covariances of the components of a product of mixtures."""
-
-
-@dataclass(frozen=True)
-class BlockCovariance:
-    """diag(C_1, C_2, ...) on joined vectors.
-
-    Args:
-        mean: (*batch, d).
-        event_shape: (d,).
-        parts: the covariances of the members, on (*batch, *shape of the member).
-        shapes: shape of every member, plates first.
-    """
-
-    mean: Tensor
-    event_shape: Size
-    parts: tuple[Any, ...]
-    shapes: tuple[Size, ...]
-
-    @property
-    def noise_shape(self) -> Size:
-        """Shape of the noise of one row: that of all members, joined."""
-        return Size([sum(s.numel() for s in self._noise_shapes)])
-
-    @property
-    def _noise_shapes(self) -> list[Size]:
-        batch = self.mean.ndim - 1
-        plates = [p.mean.shape[batch : p.mean.ndim - len(p.event_shape)] for p in self.parts]
-        return [plate + part.noise_shape for plate, part in zip(plates, self.parts, strict=True)]
-
-    def _each(self, apply: Callable[[Any, Tensor], Tensor], v: Tensor, shapes: Sequence[Size] | None = None) -> Tensor:
-        pieces = _split(v, self.shapes if shapes is None else shapes)
-        return _join([apply(p, piece) for p, piece in zip(self.parts, pieces, strict=True)], self.shapes)
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """C v, for v: (*extra, *batch, d)."""
-        return self._each(lambda part, piece: part.matvec(piece), v)
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """L noise with L L^T = C, for noise: (*extra, *batch, *noise_shape)."""
-        return self._each(lambda part, piece: part.sample(piece), noise, self._noise_shapes)
-
-    def solve(self, v: Tensor, shift: Tensor | float) -> Tensor:
-        """(C + shift I)^{-1} v, for v: (*extra, *batch, d); shift is 0-d."""
-        return self._each(lambda part, piece: part.solve(piece, shift), v)
-
-    def affine(self, scale: Tensor | float, shift: Tensor | float) -> BlockCovariance:
-        """The operator scale C + shift I, for 0-d scale and shift."""
-        return replace(self, parts=tuple(part.affine(scale, shift) for part in self.parts))
-
-    def dense(self) -> Tensor:
-        """(*batch, d, d) the matrices; for small events."""
-        return dense_matrices(self.matvec, self.mean, self.event_shape)
-
-    def select(self, index: Tensor) -> BlockCovariance:
-        """The operators of the rows `index` of the first batch axis, as resampling needs them."""
-        return replace(self, mean=self.mean[index], parts=tuple(p.select(index) for p in self.parts))
 
 
 class _Counters(list[Any]):
@@ -178,7 +119,7 @@ class JointPrior(DenoisingPrior):
     def capabilities(self) -> frozenset[str]:
         """What all members can do; exact conditioning only while the product of their components is small."""
         common = frozenset.intersection(*(p.capabilities for p in self.priors))
-        return common if self._product_size() <= PRODUCT_LIMIT else common - {"condition_linear"}
+        return common if product_size(self.priors) <= PRODUCT_LIMIT else common - {"condition_linear"}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> JointPrior:
         """The same prior elsewhere or in another precision."""
@@ -193,11 +134,11 @@ class JointPrior(DenoisingPrior):
 
     def split(self, x: Tensor) -> list[Tensor]:
         """The members' parts of joined vectors: (*batch, d) -> (*batch, *shape) of each, plates first."""
-        return _split(x, self.shapes)
+        return split(x, self.shapes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
-        return _join(parts, self.shapes)
+        return join(parts, self.shapes)
 
     # Denoising.
 
@@ -282,7 +223,7 @@ class JointPrior(DenoisingPrior):
         Returns:
             (*batch, d).
         """
-        parts = _split(z, self._noise_shapes)
+        parts = split(z, self._noise_shapes)
         return self.join([p.from_noise(part) for p, part in zip(self.priors, parts, strict=True)])
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -315,44 +256,13 @@ class JointPrior(DenoisingPrior):
 
     # Products of mixtures.
 
-    def _product_size(self) -> int:
-        """Numbers in the covariances of all components of the product; infinite where a member is no mixture."""
-        count = 1
-        for p in self.priors:
-            if not isinstance(p, GaussianMixture):
-                return 0 if "condition_linear" not in p.capabilities else PRODUCT_LIMIT + 1
-            count *= p.components ** p.batch_shape.numel()
-        return count * self.event_shape[0] ** 2
-
     def mixture(self) -> GaussianMixture:
         """The same law as one mixture, with a component for every choice of the members' components.
 
         Raises:
             ValueError: a member is no mixture, or the product has too many components.
         """
-        if not all(isinstance(p, GaussianMixture) for p in self.priors):
-            raise ValueError(f"only mixtures have a product in closed form, got {self.priors}")
-        if self._product_size() > PRODUCT_LIMIT:
-            raise ValueError(
-                f"the product of {[p.components for p in self.priors]} components in {self.event_shape[0]} dimensions "
-                "is too large to write down; use a sampler such as inverse.TwistedSMC"
-            )
-        copies = [p for p in self.priors for _ in range(p.batch_shape.numel())]
-        forms = [(p.weights, p.means.reshape(p.components, -1), p.covariances) for p in copies]
-        rows = [
-            (
-                torch.stack([w[k] for (w, _, _), k in zip(forms, choice, strict=True)]).prod(),
-                torch.cat([m[k] for (_, m, _), k in zip(forms, choice, strict=True)]),
-                torch.block_diag(*(c[k] for (_, _, c), k in zip(forms, choice, strict=True))),
-            )
-            for choice in product(*(range(p.components) for p in copies))
-        ]
-        weights, means, covariances = (torch.stack(column) for column in zip(*rows, strict=True))
-        variances = covariances.diagonal(dim1=-2, dim2=-1)
-        diagonal = bool((covariances == torch.diag_embed(variances)).all())
-        return GaussianMixture(
-            weights, means, variances if diagonal else covariances, steps=self.steps, noise_steps=self.noise_steps
-        )
+        return mixture_product(self.priors, steps=self.steps, noise_steps=self.noise_steps)
 
     def condition_linear(self, A: Tensor, y: Tensor, R: Tensor | float) -> GaussianMixture:
         """The exact posterior of the joined vector given y = A x + N(0, R), for mixtures; see `GaussianMixture`."""
@@ -368,15 +278,3 @@ def _steps(priors: Sequence[DenoisingPrior], low: float, high: float) -> int:
     wide = max(priors, key=lambda p: p.sigma_max / p.sigma_min)
     stretch = math.log(high / low) / math.log(wide.sigma_max / wide.sigma_min)
     return max(math.ceil(wide.steps * stretch - 1e-9), *(p.steps for p in priors))
-
-
-def _split(x: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
-    """(*batch, d) -> (*batch, *shape) for every shape."""
-    pieces = x.split([s.numel() for s in shapes], -1)
-    return [piece.reshape(*x.shape[:-1], *s) for piece, s in zip(pieces, shapes, strict=True)]
-
-
-def _join(parts: Sequence[Tensor], shapes: Sequence[Size]) -> Tensor:
-    """The inverse of `_split`."""
-    flat = [p.reshape(*p.shape[: p.ndim - len(s)], s.numel()) for p, s in zip(parts, shapes, strict=True)]
-    return torch.cat(flat, -1)
