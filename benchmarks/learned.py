@@ -133,18 +133,34 @@ def stein(posterior: ppl.Posterior, program: ppl.Program, generator: torch.Gener
     return ksd_test(x, (guided.posterior - x) / SCORE_LEVEL**2, generator=generator, replicates=1).statistic
 
 
-def solve(prior_name: str, name: str, label: str, backend: Any, index: int) -> dict[str, Any]:
-    """One problem by one backend; everything about the problem follows from its index."""
-    prior = models.load(prior_name)
-    held_out = models.digits().held_out if prior_name == "digits8x8" else models.held_out_fashion()[0]
+def problem(prior: DiffusionPrior, name: str, index: int) -> tuple[Tensor, ppl.Program, torch.Generator]:
+    """Held-out image, its program, and the generator that goes on from there: all follow from the index."""
+    digits = tuple(prior.event_shape)[-1] == 8
+    held_out = models.digits().held_out if digits else models.held_out_fashion()[0]
     generator = torch.Generator().manual_seed(index)
     truth = held_out[index].to(prior.dtype)
     observe, model = task(name, prior, generator)
-    program = ppl.Program(model, observe(truth, generator))
-    directions = torch.randn(truth.numel(), PROJECTIONS, generator=generator, dtype=torch.float64)
+    return truth, ppl.Program(model, observe(truth, generator)), generator
+
+
+def directions_of(truth: Tensor, generator: torch.Generator) -> Tensor:
+    """(pixels, projections) random directions."""
+    return torch.randn(truth.numel(), PROJECTIONS, generator=generator, dtype=torch.float64)
+
+
+def draw(program: ppl.Program, backend: Any, index: int) -> ppl.Posterior:
+    """`DRAWS` draws, by chains where they are what a backend grows exact in."""
     chains = min(DRAWS, 4 * backend.default_chains) if "draws" in backend.limit else 1
+    return ppl.infer(program, backend, draws=DRAWS // chains, chains=chains, seed=10_000 + index)
+
+
+def solve(prior_name: str, name: str, label: str, backend: Any, index: int) -> dict[str, Any]:
+    """One problem by one backend."""
+    prior = models.load(prior_name)
+    truth, program, generator = problem(prior, name, index)
+    directions = directions_of(truth, generator)
     start, started = time.perf_counter(), time.process_time()
-    posterior = ppl.infer(program, backend, draws=DRAWS // chains, chains=chains, seed=10_000 + index)
+    posterior = draw(program, backend, index)
     seconds, cpu = time.perf_counter() - start, time.process_time() - started
     x = posterior.flatten("x").reshape(-1, *truth.shape)
     finite = bool(x.isfinite().all()) and len(x) == DRAWS
@@ -203,9 +219,7 @@ def show(path: Path) -> None:
             if not mine:
                 continue
             print(f"\n{prior}, {name}; nominal coverage {nominal:.1f} %\n")
-            print(
-                "| backend | PSNR mean | PSNR draws | coverage % | CRPS | KSD | evals | vjps | CPU ms a draw | problems |"
-            )
+            print("| backend | PSNR mean | PSNR draws | coverage % | CRPS | KSD | evals | vjps | CPU ms | problems |")
             print("|---|---|---|---|---|---|---|---|---|---|")
             for label in dict.fromkeys(row["backend"] for row in mine):
                 print(f"| {label} | {summary([row for row in mine if row['backend'] == label])} |")

@@ -95,7 +95,11 @@ class FPSKernel(ConjugateKernel):
     ) -> None:
         super().__init__(problem, sigmas, solver, chunk, "FPSSMC")
         levels = sigmas.to(self.tau.device).double()
-        self.spread = (self.tau.double().square() + (slack * levels[:, None]).square()).to(self.tau)
+        spread = self.tau.double().square() + (slack * levels[:, None]).square()
+        # v_b (1 - l) from v_a - v_b = slack^2 (a^2 - b^2): in float32 l rounds to 1 for data far noisier than b.
+        fallen = slack**2 * (levels[:-1].square() - levels[1:].square())[:, None]
+        self.fresh = (spread[1:] * fallen / spread[:-1]).to(self.tau)
+        self.spread = spread.to(self.tau)
         self.scale = math.sqrt(1 + slack**2)  # of the copy's noise, in units of that of x
         self.every = torch.ones_like(self.tau, dtype=torch.bool)
 
@@ -114,9 +118,8 @@ class FPSKernel(ConjugateKernel):
 
     def said(self, seen: Tensor, level: int, own: dict[str, Tensor]) -> Said:
         """The copy at the level after, less what is remembered of the noise at this one."""
-        before, after = self.spread[level], self.spread[level + 1]
-        memory = after / before
-        return Said(own["next"] - memory * (own["now"] - seen), after * (1 - memory), self.every)
+        memory = self.spread[level + 1] / self.spread[level]
+        return Said(own["next"] - memory * (own["now"] - seen), self.fresh[level], self.every)
 
     def taken_back(self, seen: Tensor, level: int, own: dict[str, Tensor]) -> Tensor:
         """Log density of the copy at the level given that at the one after: by it the next step was proposed."""

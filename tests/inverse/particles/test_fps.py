@@ -92,6 +92,21 @@ def test_forgetting_the_shared_noise_counts_the_data_again_at_every_level() -> N
     assert sd[_PublishedFPS] < 0.5 * 0.5**0.5
 
 
+def test_data_far_noisier_than_the_lowest_level_in_single_precision() -> None:
+    """v_b (1 - l) for tau = 500 and levels down to 0.002, against double precision; 1 - l itself rounds to zero."""
+    y, found = torch.tensor([1.0]), {}
+    for dtype in (torch.float32, F64):
+        one = torch.ones(1, dtype=dtype)
+        prior = GaussianMixture(one, torch.zeros(1, 1, dtype=dtype), one)
+        problem = DiffusionProblem.of(program_of(prior, torch.ones(1, 1, dtype=dtype), 500.0, y.to(dtype)))
+        backend = FPSSMC(steps=50)
+        kernel = FPSKernel(problem, prior.grid(20.0, 0.002, 50), backend.solver, None, backend.slack)
+        own = {"now": torch.zeros(1, 1, dtype=dtype), "next": torch.zeros(1, 1, dtype=dtype)}
+        found[dtype] = [float(kernel.said(own["now"], level, own).variance) for level in range(50)]
+    assert min(found[F64]) > 0
+    assert found[torch.float32] == pytest.approx(found[F64], rel=1e-5)
+
+
 def test_options_are_checked_when_built() -> None:
     with pytest.raises(ppl.OptionError, match="slack"):
         FPSSMC(slack=0.0)
