@@ -26,8 +26,8 @@ class Gram(Protocol):
         """S^{-1} r, (*extra, lanes, m) -> the same."""
         ...
 
-    def lift(self, w: Tensor) -> Tensor:
-        """C B^T w, (*extra, lanes, m) -> (*extra, lanes, *shape)."""
+    def solve_and_lift(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """S^{-1} r and C B^T S^{-1} r, (*extra, lanes, *shape)."""
         ...
 
 
@@ -52,47 +52,53 @@ class FactoredGram:
         """S^{-1} r."""
         return torch.cholesky_solve(r[..., None], self.factor)[..., 0]
 
-    def lift(self, w: Tensor) -> Tensor:
-        """C B^T w."""
-        extra = w.shape[:-2]
-        lifted = torch.einsum("ml...,zlm->zl...", self.towards, w.reshape(extra.numel(), *w.shape[-2:]))
-        return lifted.reshape(*extra, *self.towards.shape[1:])
+    def solve_and_lift(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """S^{-1} r and C B^T S^{-1} r."""
+        solved = self.solve(r)
+        extra = r.shape[:-2]
+        lifted = torch.einsum("ml...,zlm->zl...", self.towards, solved.reshape(extra.numel(), *r.shape[-2:]))
+        return solved, lifted.reshape(*extra, *self.towards.shape[1:])
 
 
 @dataclass(frozen=True)
 class IterativeGram:
     """S known through its products, for many measurements: a fixed number of conjugate-gradient steps.
 
+    C B^T is taken of every direction that the steps go in, so C B^T S^{-1} r is the same sum of what was taken.
+
     Args:
         operator: B.
-        covariance: C.
+        product: v -> C v, (*extra, lanes, *shape).
         steps: of conjugate gradients, each one product with C; no more are made and no tolerance is asked.
         preconditioner: close to S^{-1}, on (*extra, lanes, *out_shape); or None.
     """
 
     operator: LinearOperator
-    covariance: TweedieCovariance
+    product: Callable[[Tensor], Tensor]
     steps: int
     preconditioner: Callable[[Tensor], Tensor] | None
 
-    def _event(self, r: Tensor) -> Tensor:
-        return r.reshape(*r.shape[:-1], *self.operator.out_shape)
+    def _gram(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """S u and C B^T u."""
+        lifted = self.product(self.operator.adjoint(u))
+        return u + self.operator(lifted), lifted
 
     def solve(self, r: Tensor) -> Tensor:
         """S^{-1} r."""
+        return self.solve_and_lift(r)[0]
+
+    def solve_and_lift(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """S^{-1} r and C B^T S^{-1} r."""
         out = self.operator.out_shape
         solution = conjugate_gradient(
-            lambda u: u + self.operator(self.covariance.matvec(self.operator.adjoint(u))),
-            self._event(r),
+            self._gram,
+            r.reshape(*r.shape[:-1], *out),
             event_ndim=len(out),
             fixed_steps=self.steps,
             preconditioner=self.preconditioner,
         )
-        return solution.x.reshape(r.shape)
-
-    def lift(self, w: Tensor) -> Tensor:
-        """C B^T w."""
-        return self.covariance.matvec(self.operator.adjoint(self._event(w)))
+        assert solution.image is not None
+        return solution.x.reshape(r.shape), solution.image
 
 
 def floored_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,14 +167,14 @@ class ConditionedCovariance:
     def matvec(self, v: Tensor) -> Tensor:
         """Products with v (*extra, lanes, *shape)."""
         product = self.prior.matvec(v)
-        reduced = product - self.gram.lift(self.gram.solve(self._measured(product)))
+        reduced = product - self.gram.solve_and_lift(self._measured(product))[1]
         return self.scale * reduced + self.shift * v
 
     def sample(self, noise: Tensor) -> Tensor:
         """A draw of N(0, this) from standard normal noise (*extra, lanes, *noise_shape)."""
         first, second, third = noise.split(self._sizes, dim=-1)
         u = self.prior.sample(first.reshape(*first.shape[:-1], *self._plates, *self.prior.noise_shape))
-        draw = u - self.gram.lift(self.gram.solve(self._measured(u) + second))
+        draw = u - self.gram.solve_and_lift(self._measured(u) + second)[1]
         return self.scale**0.5 * draw + self.shift**0.5 * third.reshape(u.shape)
 
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> ConditionedCovariance:

@@ -5,6 +5,7 @@ posterior = D + C B^T (I + B C B^T)^{-1} (d - B D),     log_twist = log N(d; B D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,12 +34,15 @@ class MomentMatchingGuide:
     conjugate gradients, preconditioned with C ~ v I, and log_twist takes its determinant at C = v I, as PiGDM does:
     that part does not depend on x, so at one noise level it is the same for all lanes.
 
-    A network's Jacobian is not quite symmetric: S is symmetrised, and where it is not positive definite the negative
-    eigenvalues of B C B^T count as zero (`floored` of the bound guide says how many times).
+    A network's Jacobian J is not quite symmetric. S that is written down is symmetrised, and where it is not positive
+    definite the negative eigenvalues of B C B^T count as zero (`floored` of the bound guide says how many times).
+    Conjugate gradients take s^2 J^T for C as it is, one vjp per step, as published; `symmetric` takes its symmetric
+    part there too, for a jvp more per step, which costs as much as a call of the network.
 
     Args:
         exact_limit: most measurements for which S is written down.
-        cg_steps: conjugate-gradient steps beyond; each is one product with C (a jvp and a vjp of a network).
+        cg_steps: conjugate-gradient steps beyond; each is one product with C, and no other is made.
+        symmetric: symmetrise a network's Jacobian in these products.
         dense: build C itself for a network, from one vjp per entry of an event, so that it can be drawn from; a choice
             for small events.
 
@@ -50,6 +54,7 @@ class MomentMatchingGuide:
 
     exact_limit: int = 64
     cg_steps: int = 20
+    symmetric: bool = False
     dense: bool = False
 
     exact_when: ClassVar[tuple[str, ...]] = ("gaussian_prior", "linear_gaussian_likelihood")
@@ -123,11 +128,23 @@ class BoundMomentMatching:
             return s**2 * torch.stack([covariance.vjp(row) for row in rows])
         return covariance.matvec(rows)
 
+    def _product(self, covariance: TweedieCovariance, s: float) -> Callable[[Tensor], Tensor]:
+        """v -> C v for conjugate gradients, (*extra, lanes, *shape)."""
+        if self.options.symmetric or not isinstance(covariance, NetworkCovariance):
+            return covariance.matvec
+        shape = covariance.mean.shape
+
+        def product(v: Tensor) -> Tensor:
+            parts = [s**2 * covariance.vjp(part) for part in v.reshape(-1, *shape)]
+            return torch.stack(parts).reshape(v.shape) if len(parts) != 1 else parts[0].reshape(v.shape)
+
+        return product
+
     @torch.no_grad()
     def __call__(
         self, x: Tensor, sigma: Level, sigma_next: Level | None = None, state: dict[str, Tensor] | None = None
     ) -> Guided:
-        """One denoiser call; m products with C, or `cg_steps` + 1 of them."""
+        """One denoiser call; m products with C, or `cg_steps` of them."""
         s = float(sigma)
         covariance: TweedieCovariance = self.problem.prior.covariance(x, sigma)
         if self.options.dense and isinstance(covariance, NetworkCovariance):
@@ -147,10 +164,10 @@ class BoundMomentMatching:
         else:
             v = self._variance(s)
             near = (lambda u: self.operator.solve_gram(u, 1.0, v)) if "svd" in self.operator.capabilities else None
-            gram = IterativeGram(self.operator, covariance, self.options.cg_steps, near)
+            gram = IterativeGram(self.operator, self._product(covariance, s), self.options.cg_steps, near)
             log_det = self._spectrum.log_det(v)
-        solved = gram.solve(residual)
-        posterior = prior + gram.lift(solved)
+        solved, lifted = gram.solve_and_lift(residual)
+        posterior = prior + lifted
         log_twist = self.log_normaliser - 0.5 * (residual * solved).sum(-1) - 0.5 * log_det
         conditioned = ConditionedCovariance(posterior, covariance, self.operator, gram, self.problem.prior.event_shape)
         return Guided(prior, posterior, log_twist.to(x.dtype), covariance=conditioned)

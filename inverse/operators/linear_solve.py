@@ -26,15 +26,17 @@ class Solution(NamedTuple):
     """What conjugate gradients returns.
 
     x: (*batch, *event) solution. steps: matrix products spent. residual: (*batch,) ||b - M x|| / ||b||, by recursion.
+    image: L x, where `matvec` gave (M x, L x).
     """
 
     x: Tensor
     steps: int
     residual: Tensor
+    image: Tensor | None = None
 
 
 def conjugate_gradient(
-    matvec: Callable[[Tensor], Tensor],
+    matvec: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     b: Tensor,
     *,
     event_ndim: int = 1,
@@ -50,7 +52,8 @@ def conjugate_gradient(
     neighbours. For a singular M with b in its range and start zero, the result is the solution of least norm.
 
     Args:
-        matvec: x -> M x on (*batch, *event); may differ between batch members.
+        matvec: x -> M x on (*batch, *event); may differ between batch members. Where M x is made through another
+            linear image L x (*batch, *any), it may return (M x, L x): L of the solution then costs no product more.
         b: (*batch, *event) right-hand sides.
         event_ndim: number of trailing axes that form one vector.
         tolerance: relative residual at which a member stops; 1e-10 in float64 and 1e-5 in float32 when None.
@@ -60,7 +63,7 @@ def conjugate_gradient(
         start: (*batch, *event) first guess, zero when None.
 
     Returns:
-        Solution(x, steps, residual).
+        Solution(x, steps, residual, image).
 
     Raises:
         ConvergenceError: if a member has not converged after max_steps (never with fixed_steps).
@@ -91,29 +94,43 @@ def conjugate_gradient(
         empty = c == 0
         return torch.where(empty, torch.zeros_like(a), a / torch.where(empty, torch.ones_like(c), c))
 
-    x = torch.zeros_like(b) if start is None else start
-    r = b if start is None else b - matvec(x)
+    lead = b.shape[: b.ndim - event_ndim]
+
+    def product(v: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = matvec(v)
+        return found if isinstance(found, tuple) else (found, None)
+
+    image: Tensor | None = None
+    if start is None:
+        x, r = torch.zeros_like(b), b
+    else:
+        x = start
+        taken, image = product(x)
+        r = b - taken
     z = r if preconditioner is None else preconditioner(r)
     p, rz, scale = z, dot(r, z), dot(b, b)
     target = tolerance**2 * scale
     steps = 0
     active = dot(r, r) > target
     while steps < limit and (fixed_steps is not None or bool(active.any())):
-        product = matvec(p)
-        step = ratio(rz, dot(p, product))
+        along, seen = product(p)
+        step = ratio(rz, dot(p, along))
         if fixed_steps is None:
             step = torch.where(active, step, torch.zeros_like(step))
-        x, r = x + step * p, r - step * product
+        x, r = x + step * p, r - step * along
+        if seen is not None:
+            part = step.reshape(*lead, *[1] * (seen.ndim - len(lead))) * seen
+            image = part if image is None else image + part
         z = r if preconditioner is None else preconditioner(r)
         rz_next = dot(r, z)
         p, rz = z + ratio(rz_next, rz) * p, rz_next
         active = dot(r, r) > target
         steps += 1
-    residual = ratio(dot(r, r), scale).sqrt().reshape(b.shape[: b.ndim - event_ndim])
+    residual = ratio(dot(r, r), scale).sqrt().reshape(lead)
     if fixed_steps is None and bool((~(dot(r, r) <= target)).any()):
         raise ConvergenceError(
             f"conjugate gradients reached relative residual {float(residual.max()):.1e} after {steps} steps, expected "
             f"{tolerance:.1e}; allow more with max_steps, loosen tolerance, give a preconditioner, work in float64, or "
             "check that the matrix is symmetric and positive"
         )
-    return Solution(x, steps, residual)
+    return Solution(x, steps, residual, image)

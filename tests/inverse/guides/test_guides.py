@@ -219,16 +219,18 @@ class Shear(torch.nn.Module):
 def test_network_costs_are_one_call_and_one_vjp_per_measurement() -> None:
     problem = problem_of(DiffusionPrior(Shear(), (3,)))
     x = torch.randn(5, 3, generator=seeded(), dtype=F64)
-    for guide, vjps in (
-        (DPSGuide(), 5),
-        (PiGDMGuide(), 5),
-        (PiGDMGuide(jacobian=False), 0),
-        (MomentMatchingGuide(), 10),
+    for guide, calls, vjps in (
+        (DPSGuide(), 1, 5),
+        (PiGDMGuide(), 1, 5),
+        (PiGDMGuide(jacobian=False), 1, 0),
+        (MomentMatchingGuide(), 1, 10),
+        (MomentMatchingGuide(exact_limit=1, cg_steps=3), 1, 15),
+        (MomentMatchingGuide(exact_limit=1, cg_steps=3, symmetric=True), 4, 30),
     ):
         cost = Cost()
         with problem.counting(cost):
             guided = guide.bind(problem, cost)(x, 1.0, 0.5)
-        assert (cost.denoiser_calls, cost.denoiser_evals, cost.vjps) == (1, 5, vjps)
+        assert (cost.denoiser_calls, cost.denoiser_evals, cost.vjps) == (calls, 5 * calls, vjps)
         assert not guided.posterior.requires_grad
 
 
@@ -241,6 +243,23 @@ def test_a_network_equal_to_the_exact_denoiser_gives_the_exact_guide() -> None:
         a, b = guide.bind(exact)(x, 1.0, 0.5), guide.bind(network)(x, 1.0, 0.5)
         torch.testing.assert_close(a.posterior, b.posterior, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(a.log_twist, b.log_twist, rtol=1e-9, atol=1e-12)
+
+
+def test_conjugate_gradients_symmetrise_a_network_where_asked() -> None:
+    """Two products end the solve of two measurements, with what C is taken to be."""
+    problem = problem_of(DiffusionPrior(Shear(twist=0.5), (3,)))
+    x = torch.randn(2, 3, generator=seeded(), dtype=F64)
+    exact = MomentMatchingGuide().bind(problem)(x, 1.0).posterior
+    lopsided = MomentMatchingGuide(exact_limit=1, cg_steps=2).bind(problem)(x, 1.0).posterior
+    even = MomentMatchingGuide(exact_limit=1, cg_steps=2, symmetric=True).bind(problem)(x, 1.0).posterior
+    B, D = problem.likelihood.gaussian.operator.dense(), problem.prior.denoise(x, 1.0)
+    r = problem.likelihood.gaussian.data - D @ B.T
+    J = Shear(twist=0.5).matrix.detach() / 2  # the symmetric part
+    solved = torch.linalg.solve(torch.eye(2, dtype=F64) + B @ J @ B.T, r.T).T
+    torch.testing.assert_close(even, D + solved @ B @ J)
+    assert (lopsided - even).abs().max() > 1e-3
+    # The written-down form symmetrises S and takes the way back as it is.
+    assert (exact - even).abs().max() > 1e-3
 
 
 def test_the_data_covariance_of_a_network_is_symmetrised_and_floored() -> None:

@@ -62,6 +62,23 @@ def test_preconditioner_and_start() -> None:
     torch.testing.assert_close(conjugate_gradient(product(M), b, preconditioner=lambda r: r / diagonal).x, exact)
 
 
+def test_the_image_of_the_solution_is_free() -> None:
+    """L x is summed up from the images of the directions: no product more, and right from any start."""
+    M, b = systems(3, 6)
+    image = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    made = []
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(1)
+        return torch.einsum("lij,lj->li", M, x), (x @ image.T)[:, :, None]
+
+    for start in (None, torch.ones_like(b)):
+        made.clear()
+        found = conjugate_gradient(both, b, fixed_steps=4, start=start)
+        assert len(made) == 4 + (start is not None)
+        torch.testing.assert_close(found.image[..., 0], found.x @ image.T, rtol=1e-9, atol=0)
+
+
 def test_events_of_several_axes() -> None:
     M, b = systems(2, 6)
     x = conjugate_gradient(lambda v: product(M)(v.reshape(2, 6)).reshape(2, 2, 3), b.reshape(2, 2, 3), event_ndim=2).x
