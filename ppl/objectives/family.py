@@ -20,7 +20,7 @@ from ppl.flat import FlatDensity
 from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Exact
 from ppl.objectives.draw import Draw, Stochastic
-from ppl.vi.fitted import draw_subsample
+from ppl.vi.full_data import draw_subsample
 from ppl.vi.guides import Guide
 
 __all__ = ["FlatGuide", "FlatModel"]
@@ -98,10 +98,10 @@ class FlatModel(Stochastic):
         subsample: dict[str, Tensor] | None = None
         if flat.program.subsampled:
             if not ctx.indices:
-                generator = torch.Generator(ctx.engine.device).manual_seed(ctx.engine.fresh_seed())
+                generator = torch.Generator(ctx.engine.device).manual_seed(ctx._seed((ctx._next(), "rows")))
                 ctx.indices.update(draw_subsample(flat.program, generator))
             subsample = ctx.indices
-        if not torch.is_grad_enabled() or not names:
+        if ctx.engine.tape is None and (not torch.is_grad_enabled() or not names):
             value, grad, _ = flat.value_and_grads(rows, params=_some(ctx.params, names), subsample=subsample)
             log_p = value + ((rows - rows.detach()) * grad).sum(1) if torch.is_grad_enabled() else value
         else:

@@ -1,260 +1,39 @@
-"""Fitting a guide by any objective: Adam on unconstrained parameters, the gradient from `Engine`."""
+"""Fitting a guide by any objective: Adam on unconstrained parameters, the gradient from a graph of the objective.
+
+Programs that cannot be traced, and fits too short to repay it, take each gradient from `Engine` itself.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.optim.adam import adam
 
-from ppl.cost import Cost
-from ppl.errors import CheckpointError, OptionError, ShapeError
+from ppl.errors import OptionError, TraceError
 from ppl.monitor import Monitor
 from ppl.objectives.bounds import ELBO
-from ppl.objectives.context import Context
-from ppl.objectives.density import direct, reciprocal
+from ppl.objectives.compiled import Traced
 from ppl.objectives.draw import Stochastic
 from ppl.objectives.engine import Engine
 from ppl.objectives.family import GUIDE, FlatGuide, FlatModel
-from ppl.posterior import Estimate, Posterior
+from ppl.objectives.fitted import FittedProgram
 from ppl.program import Program
-from ppl.storage import load_tensors, save_tensors
-from ppl.trace import seeded, settings
-from ppl.vi.fitted import FittedGuide, _mean, _pareto_k, _partition, bound_guide, with_parameters
+from ppl.vi.fitted import FittedGuide, bound_guide
+from ppl.vi.fitted_base import with_parameters
 from ppl.vi.guides import Guide
 
 if TYPE_CHECKING:
     from ppl.vi.svi import SVI
 
-__all__ = ["FittedProgram", "fit_objective"]
+__all__ = ["fit_objective"]
 
-LANES_AT_ONCE = 1024
+TRACE_STEPS = 200  # a trace takes as long as so many gradients by the handlers
 AVERAGE = "baseline."
-
-
-@dataclass(frozen=True, eq=False)
-class FittedProgram:
-    """A guide that is a Pyro program, at the parameters that `SVI.fit` found.
-
-    Args:
-        program: the program, with its learned parameters.
-        guide: the Pyro program that approximates its posterior.
-        params: parameters of the guide, constrained.
-        history: (steps,) estimates of the objective during the fit, float64.
-        optimizer: what a continued fit needs.
-        lanes: copies of the objective that one gradient took.
-        complete: whether the fit ran to its end.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, ppl
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
-        ...     pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-        >>> def guide(y):
-        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
-        >>> fitted = ppl.SVI(guide=guide, steps=200, lr=0.1).fit(ppl.Program(model, torch.tensor(1.0)))
-        >>> truth = torch.tensor(0.3 / 0.7).log() + 2.0          # log odds of the exact posterior
-        >>> bool((fitted.params["logit"] - truth).abs() < 1e-2)
-        True
-    """
-
-    program: Program
-    guide: Any
-    params: dict[str, Tensor]
-    history: Tensor
-    optimizer: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    lanes: int = 16
-    complete: bool = True
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """Learnable parameters of the program at their fitted values, constrained."""
-        return dict(self.program.parameters)
-
-    def elbo(self, particles: int = 1024, generator: torch.Generator | None = None, seed: int = 0) -> Estimate:
-        """The evidence lower bound and its Monte-Carlo standard error, both float64.
-
-        Args:
-            particles: draws it is estimated from.
-            generator: source of the draws; made from the seed when None.
-            seed: see generator.
-        """
-        if particles < 2:
-            raise OptionError(f"an ELBO with a standard error needs two particles or more, got {particles}")
-        _, log_p, log_q, _ = self._draws(particles, generator or self._generator(seed))
-        return _mean(log_p - log_q)
-
-    def posterior(
-        self,
-        draws: int = 1000,
-        chains: int = 1,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        cost: Cost | None = None,
-    ) -> Posterior:
-        """Independent draws of the guide as a posterior, with the ELBO and k-hat that come with them.
-
-        Args:
-            draws: draws per chain.
-            chains: chains; all are independent draws of one q.
-            generator: source of the draws; made from the seed when None.
-            seed: see generator.
-            cost: what the density evaluations are added to.
-        """
-        if draws < 1 or chains < 1:
-            raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
-        cost = Cost() if cost is None else cost
-        values, log_p, log_q, exact = self._draws(draws * chains, generator or self._generator(seed))
-        cost.add(density_evals=draws * chains)
-        log_weight = (log_p - log_q).double()
-        elbo = _mean(log_weight)
-        info = {
-            "elbo": elbo.value,
-            "elbo_stderr": elbo.stderr,
-            "elbo_history": self.history,
-            "pareto_k": _pareto_k(log_weight) if exact else torch.tensor(math.nan, dtype=torch.float64),
-            "lp": log_p.reshape(chains, draws),
-            "log_q": log_q.reshape(chains, draws),
-        }
-        return Posterior(
-            draws={n: v.reshape(chains, draws, *v.shape[1:]) for n, v in values.items()},
-            parameters=self.parameters,
-            guide=self,
-            cost=cost,
-            info=info,
-            observed=dict(self.program.observed_data()),
-            attrs={"backend": "SVI", "complete": self.complete},
-        )
-
-    # Files -----------------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain data and tensors from which `load` builds the same guide again."""
-        meta = {
-            "kind": "FittedProgram",
-            "lanes": self.lanes,
-            "complete": self.complete,
-            "sites": {n: tuple(s.shape) for n, s in self.program.latents.items()},
-        }
-        tensors = {f"params.{n}": v for n, v in self.params.items()}
-        tensors |= {f"parameters.{n}": v for n, v in self.parameters.items()}
-        tensors |= {f"optimizer.{n}": v for n, v in self.optimizer.items()}
-        return meta, {**tensors, "history": self.history}
-
-    def save(self, path: str | Path) -> None:
-        """Write the parameters to one safetensors file, with a checksum and without the programs."""
-        meta, tensors = self.state()
-        save_tensors(path, tensors, meta)
-
-    @classmethod
-    def load(cls, path: str | Path, program: Program, guide: Any) -> FittedProgram:
-        """Read a file of `save`.
-
-        Args:
-            path: the file.
-            program: the program it was fitted to, or one with the same latents and other data.
-            guide: the Pyro program that was fitted.
-
-        Raises:
-            CheckpointError: the file is damaged, or not of such a guide.
-            ShapeError: the program has other latents.
-        """
-        tensors, meta = load_tensors(path)
-        if not isinstance(meta, Mapping) or meta.get("kind") != "FittedProgram":
-            raise CheckpointError(f"{path} does not hold a fitted guide program; give the path that its save wrote")
-        sites = {n: tuple(s.shape) for n, s in program.latents.items()}
-        if list(meta["sites"].items()) != list(sites.items()):
-            raise ShapeError(f"{path} was fitted to the sites {meta['sites']}, but the program has {sites}")
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            named = {n: v for n, v in tensors.items() if n.startswith(prefix)}
-            return {n.removeprefix(prefix): v.to(program.device) for n, v in named.items()}
-
-        return cls(
-            with_parameters(program, part("parameters.")),
-            guide,
-            part("params."),
-            tensors["history"],
-            part("optimizer."),
-            meta["lanes"],
-            meta["complete"],
-        )
-
-    # Inside ----------------------------------------------------------------------------------------------------------
-
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.program.device).manual_seed(seed)
-
-    def _draws(self, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor, bool]:
-        """Values of the latent sites, log p and log q of draws, and whether log p is that of all data."""
-        program = self.program
-        found: dict[str, Any] = {}
-
-        def look(ctx: Context, model: Any, guide: Any) -> Tensor:
-            draw = ctx.sim(guide)
-            found["p"] = ctx.density(model, draw).log * ctx.engine.plan.scale
-            found["q"] = reciprocal(draw.density, "the guide's density") * ctx.engine.plan.scale
-            direct(ctx.density(model, draw), "the model's density")
-            found["values"] = {n: draw[n] for n in program.latents}
-            return found["p"] - found["q"]
-
-        engine = Engine(look, program, self.guide, policy=lambda name, fn: _plainest(fn))
-        params = {**engine.parameters, **self.params, **program.parameters}
-        batches = list(_partition(program)) if program.subsampled else [{}]
-        exact = bool(batches)
-        seeds_from = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-        parts = []
-        for start in range(0, count, LANES_AT_ONCE):
-            size = min(LANES_AT_ONCE, count - start)
-            seeds: dict[Any, int] = {}
-            engine._generator = torch.Generator(program.device).manual_seed((seeds_from + start) % 2**31)
-            runs = []
-            for indices in batches or _covers(program):
-                with torch.no_grad(), seeded(engine._generator), settings(program.dtype, validate=False):
-                    engine._value(Context(engine, params, size, seeds, dict(indices), {}))
-                rows = [found[n].reshape(size, -1).sum(1) for n in ("p", "q")]
-                runs.append((indices, dict(found["values"]), *rows))
-            values = _assembled(program, runs, size)
-            parts.append((values, torch.stack([r[2] for r in runs]).mean(0), torch.stack([r[3] for r in runs]).mean(0)))
-        values = {n: torch.cat([p[0][n] for p in parts]) for n in parts[0][0]}
-        return values, torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]), exact
-
-
-def _plainest(fn: Any) -> str:
-    """An estimator that any site has, for draws without gradients."""
-    return "reparam" if fn.has_rsample else "reinforce"
-
-
-def _covers(program: Program) -> list[dict[str, Tensor]]:
-    """Batches that show every row of every plate at least once, each plate in step with the others."""
-    lists = {}
-    for plate, (shown, full) in program.subsampled.items():
-        starts = [*range(0, full - shown, shown), full - shown]
-        lists[plate] = [torch.arange(s, s + shown, device=program.device) for s in starts]
-    most = max(len(v) for v in lists.values())
-    return [{n: v[i % len(v)] for n, v in lists.items()} for i in range(most)]
-
-
-def _assembled(program: Program, runs: list[Any], size: int) -> dict[str, Tensor]:
-    """Site values with all rows of their subsampled plates."""
-    out: dict[str, Tensor] = {}
-    for name, site in program.latents.items():
-        if not site.subsampled:
-            out[name] = runs[0][1][name].expand(size, *site.shape)
-            continue
-        whole = out[name] = runs[0][1][name].new_zeros(size, *site.shape)
-        for indices, values, *_ in runs:
-            place = [torch.arange(n, device=whole.device) for n in (size, *site.shape)]
-            for frame in site.frames:
-                if frame.name in indices:
-                    place[1 + len(site.shape) - site.event_dim + frame.dim] = indices[frame.name]
-            whole[torch.meshgrid(*place, indexing="ij")] = values[name]
-    return out
 
 
 def fit_objective(
@@ -273,7 +52,8 @@ def fit_objective(
         first = options.steps if finished is not None else int(saved.pop("step"))
         fit.load(saved)
     if first < options.steps:
-        for note in fit.engine.notes:
+        fit.prepare(options.steps - first)
+        for note in fit.notes:
             monitor.note(note)
         for step in monitor.steps(options.steps, "fit", start=first):
             value = fit.step(step, monitor)
@@ -317,11 +97,34 @@ class _Fit:
         self.updates = torch.zeros((), dtype=torch.int64)
         self.average = torch.zeros_like(self.theta)
         self.history = torch.full((options.steps,), math.nan, dtype=torch.float64, device=program.device)
+        self.traced: Traced | None = None
+        self.notes = list(self.engine.notes)
         if start is not None and start.optimizer:
             if start.optimizer["m"].shape != self.theta.shape:
                 raise OptionError("cannot go on from a fit with other parameters; use the same guide and program")
             self.m, self.v = start.optimizer["m"].clone(), start.optimizer["v"].clone()
             self.updates = start.optimizer["updates"].clone()
+        self._view()
+
+    def _view(self) -> None:
+        """The vectors of the optimiser by parameter: views, written in place."""
+        self.pieces, *self.moments = (self._split(x) for x in (self.theta, self.m, self.v))
+        self.counts = [torch.full((), float(self.updates), device=self.theta.device) for _ in self.pieces]
+
+    def prepare(self, steps: int) -> None:
+        """Trace the gradient of an objective where the steps to come repay it; a note says what was chosen."""
+        if steps < TRACE_STEPS:
+            return
+        named = dict(zip(self.shapes, self.pieces, strict=True))
+        options, compile = self.options, self.program.compile
+        try:
+            traced = Traced(self.engine, self.transforms, named, options.particles, calls=steps, compile=compile)
+        except TraceError as error:
+            self.notes.append(f"each step runs Pyro's handlers: {error}")
+            return
+        how = {"graph": "run as it is", "inductor": "compiled"}[traced.kind]
+        self.notes += [f"the objective was traced: a graph of {traced.nodes} operations, {how}", *traced.notes]
+        self.traced = traced
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed fit needs."""
@@ -337,28 +140,51 @@ class _Fit:
                 self.engine.averages[int(call), site] = value
             else:
                 setattr(self, name, value)
+        self._view()
 
     def step(self, step: int, monitor: Monitor) -> Tensor:
         """One step of Adam; returns the estimate of the objective before it."""
-        from ppl.vi.svi import adam
+        from ppl.vi.svi import BETA_1, BETA_2, EPSILON
 
         options = self.options
-        theta = self.theta.detach().requires_grad_()
-        with torch.enable_grad():
-            value, surrogate = self.engine.surrogate(self._unpack(theta), options.particles, self.generator)
-            if not surrogate.requires_grad:
-                raise OptionError("the objective does not depend on any learnable parameter")
-            (gradient,) = torch.autograd.grad(surrogate, theta)
-        monitor.check_finite("gradient of the objective", gradient, step)
+        if self.traced is not None:
+            value, gradient = self.traced(self.pieces, self.generator)
+        else:
+            value, gradient = self._eager()
+            monitor.check_finite("gradient of the objective", torch.cat([g.reshape(-1) for g in gradient]), step)
         self.history[step] = value
-        self.updates = self.updates + 1
-        self.theta, self.m, self.v = adam(
-            self.theta, self.m, self.v, int(self.updates), gradient, options.learning_rate(step)
+        self.updates += 1
+        means, squares = self.moments
+        adam(
+            self.pieces,
+            gradient,
+            means,
+            squares,
+            [],
+            self.counts,
+            fused=True,
+            amsgrad=False,
+            maximize=True,
+            weight_decay=0.0,
+            lr=options.learning_rate(step),
+            beta1=BETA_1,
+            beta2=BETA_2,
+            eps=EPSILON,
         )
         begin = round(options.steps * (1 - options.average))
         if options.average and step >= begin:
             self.average = self.average + (self.theta - self.average) / (step - begin + 1)
         return value
+
+    def _eager(self) -> tuple[Tensor, list[Tensor]]:
+        """Value and gradient by the engine, in unconstrained coordinates."""
+        leaves = [p.detach().requires_grad_() for p in self.pieces]
+        with torch.enable_grad():
+            value, surrogate = self.engine.surrogate(self._named(leaves), self.options.particles, self.generator)
+            if not surrogate.requires_grad:
+                raise OptionError("the objective does not depend on any learnable parameter")
+            found = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        return value, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
 
     def result(self, complete: bool) -> FittedGuide | FittedProgram:
         """The fitted guide at the last or at the averaged parameters."""
@@ -377,8 +203,14 @@ class _Fit:
 
     def _unpack(self, theta: Tensor) -> dict[str, Tensor]:
         """Constrained parameters by name."""
-        parts = theta.split([shape.numel() for shape in self.shapes.values()])
-        return {n: self.transforms[n](p.reshape(s)) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
+        return self._named(self._split(theta))
+
+    def _named(self, pieces: list[Tensor]) -> dict[str, Tensor]:
+        return {n: self.transforms[n](p) for n, p in zip(self.shapes, pieces, strict=True)}
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split([shape.numel() for shape in self.shapes.values()])
+        return [p.view(shape) for p, shape in zip(parts, self.shapes.values(), strict=True)]
 
 
 def _flat_engine(objective: Callable[..., Tensor], program: Program, guide: Guide, own: dict[str, Tensor]) -> Engine:

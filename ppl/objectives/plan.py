@@ -97,7 +97,10 @@ class Plan:
             return chosen(address[1], fn, infer, policy) or (Reparam() if fn.has_rsample else Reinforce())
         if address not in self.estimators:
             self.estimators[address] = chosen(address[1], fn, infer, policy) or defaults(fn, 1, 0, 1)
-        return self.estimators[address]
+        found = self.estimators[address]
+        if isinstance(found, Reinforce) and not isinstance(found.baseline, str):
+            return chosen(address[1], fn, infer, policy) or found  # its tensors are those of this run
+        return found
 
     def free_axes(self, ndim: int, lanes: int, event: int) -> list[int]:
         """Axes of a value other than samples and shared plates."""
