@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ppl import objectives
+from ppl.amortised import DistributionTransformer, FittedTransformer, Mixture, MixturePriors
 from ppl.backend import Backend, infer, register
 from ppl.compare import Comparison, compare
 from ppl.errors import (
@@ -43,10 +44,12 @@ __all__ = [
     "Comparison",
     "ConditionalDraw",
     "DataError",
+    "DistributionTransformer",
     "EllipticalSlice",
     "Estimate",
     "Event",
     "FittedGuide",
+    "FittedTransformer",
     "Flow",
     "FullRank",
     "Gibbs",
@@ -56,6 +59,8 @@ __all__ = [
     "Laplace",
     "LowRank",
     "MeanField",
+    "Mixture",
+    "MixturePriors",
     "Monitor",
     "NoiseReparam",
     "NoiseSpace",

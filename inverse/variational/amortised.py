@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inverse.variational.amortised_fitted import FittedDenoiser
 from inverse.variational.amortised_training import DenoiserTraining, judge
 from ppl.amortised.family import IfCorrected
+from ppl.amortised.fitted import run_chains
 from ppl.amortised.pairs import Pairs, givens
-from ppl.amortised.result import posterior_of
 from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
@@ -150,19 +150,11 @@ class AmortisedDenoiser:
             as_trained = {n: getattr(loaded.options, n) for n in ("width", "depth", "p_mean", "p_std")}
             fitted = replace(loaded, options=replace(self, **as_trained))
             return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
-        parts: list[tuple[Tensor, Tensor | None]] = []
-        for i in range(chains):
-            with monitor.section(f"chain {i}"):
-                fitted = self.fit(program, generator=generator, monitor=monitor)
-                parts.append(fitted.sample(program, draws, generator, monitor))
-            if monitor.interrupted:
-                break
-        if len(parts) > 1 and parts[-1][0].shape[1] < draws:
-            del parts[-1]  # cut short: it would cost the finished chains their draws
-        z = torch.stack([p[0] for p in parts], 1)
-        log_q = torch.stack([p[1] for p in parts if p[1] is not None], 1) if self.correct else None
-        made = posterior_of(fitted, program, z, log_q, monitor)
-        return replace(made, attrs={**made.attrs, "complete": made.complete and len(parts) == chains})
+
+        def fit() -> FittedDenoiser:
+            return self.fit(program, generator=generator, monitor=monitor)
+
+        return run_chains(fit, program, draws, chains, generator, monitor)
 
     def fit(
         self,
@@ -198,7 +190,7 @@ class AmortisedDenoiser:
                     f"cannot go on from a network of width {start.options.width} and depth {start.options.depth} with "
                     f"width {self.width} and depth {self.depth}; use the same network"
                 )
-            start._check([program])
+            start.check([program])
             begun = (start.network, start.scales)
         training = DenoiserTraining(self, pairs, generator, begun)
         training.run(monitor, denoiser_calls=1, denoiser_evals=self.batch, vjps=self.batch)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,19 @@ from torch import Tensor, nn
 
 from inverse.variational.amortised_flow import heavy_noise, push_forward
 from inverse.variational.amortised_training import build_network, judge
-from ppl.amortised.family import check_same, described_sites, recognise, singles_of
+from ppl.amortised.family import recognise, singles_of
+from ppl.amortised.fitted import Fitted
 from ppl.amortised.pairs import Pairs, data_of
-from ppl.amortised.result import posterior_of
-from ppl.amortised.training import Scales
-from ppl.errors import CheckpointError, OptionError, ShapeError
+from ppl.errors import OptionError
 from ppl.monitor import Monitor
-from ppl.posterior import Posterior
 from ppl.program import Program
-from ppl.storage import load_tensors, save_tensors
+from ppl.storage import load_tensors
 from sde.denoiser import EDMDenoiser
 from sde.schedule import log_grid
 from sde.solvers import sample
 
 if TYPE_CHECKING:
-    from inverse.variational.amortised import AmortisedDenoiser
+    pass
 
 __all__ = ["FittedDenoiser"]
 
@@ -37,7 +34,7 @@ LARGEST = 64  # entries of a latent vector whose density is worth its Jacobians
 
 
 @dataclass(frozen=True, eq=False)
-class FittedDenoiser:
+class FittedDenoiser(Fitted):
     """D(z_sigma, sigma, y), trained on simulations of a program; one training serves all data.
 
     The program is part of what was learned: `load` and `posterior` refuse one with other sites, covariates or
@@ -67,60 +64,6 @@ class FittedDenoiser:
         True
     """
 
-    program: Program
-    network: nn.Module
-    scales: Scales
-    options: AmortisedDenoiser
-    history: Tensor
-    loss: tuple[float, float]
-    complete: bool
-    mask: Tensor = field(repr=False)
-    given: tuple[list[str], str] = field(repr=False)
-
-    # Draws -----------------------------------------------------------------------------------------------------------
-
-    def posterior(
-        self,
-        draws: int = 1000,
-        chains: int = 1,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        *,
-        program: Program | None = None,
-        correct: bool | None = None,
-        monitor: Monitor | None = None,
-        **data: Tensor,
-    ) -> Posterior:
-        """Independent draws of the posterior.
-
-        Args:
-            draws: draws per chain.
-            chains: chains; all are independent draws from one network.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            program: the same program with other data, also `program.over(...)`; that of the training when None.
-            correct: weight the draws by p / q; as in the options when None.
-            monitor: progress, Ctrl-C, cost; a quiet one when None.
-            **data: data by argument or observed site, instead of a program.
-
-        Raises:
-            ProgramError: the program is not the one that was simulated.
-        """
-        if draws < 1 or chains < 1:
-            raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
-        program = (self.program if program is None else program).with_data(**data) if data else program or self.program
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        fitted = self if correct is None else replace(self, options=replace(self.options, correct=correct))
-        monitor = monitor or Monitor(generator=generator)
-        z, log_q = fitted.sample(program, draws * chains, generator, monitor)
-        kept = z.shape[1] // chains
-        shape = (len(z), chains, kept)
-        z = z[:, : chains * kept].reshape(*shape, -1)
-        made = posterior_of(
-            fitted, program, z, None if log_q is None else log_q[:, : chains * kept].reshape(shape), monitor
-        )
-        return replace(made, cost=monitor.cost.copy(), attrs={**made.attrs, "notes": list(monitor.notes)})
-
     def sample(
         self, program: Program, draws: int, generator: torch.Generator, monitor: Monitor
     ) -> tuple[Tensor, Tensor | None]:
@@ -129,7 +72,7 @@ class FittedDenoiser:
         After Ctrl-C the draws that are finished; all of them if it came before.
         """
         options, singles = self.options, singles_of(program)
-        self._check(singles)
+        self.check(singles)
         raw = torch.stack([data_of(one, self.mask) for one in singles])
         self._warn(raw, monitor)
         data = self.scales.standard_data(raw)
@@ -191,9 +134,10 @@ class FittedDenoiser:
             )
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def _check(self, singles: Sequence[Program]) -> None:
-        """All problems have the sites, covariates and parameters that were simulated."""
-        check_same(self.program, self.given, singles, "denoiser")
+    @property
+    def noun(self) -> str:
+        """What messages call it."""
+        return "denoiser"
 
     def _warn(self, data: Tensor, monitor: Monitor) -> None:
         outside = max(self.scales.outside(row) for row in data)
@@ -205,27 +149,11 @@ class FittedDenoiser:
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain data and tensors from which `load` builds the same denoiser again."""
+    def own_meta(self) -> dict[str, Any]:
+        """Form of the network, and the noise levels it was trained on."""
         own = self.options
-        meta = {
-            "kind": "FittedDenoiser",
-            "format": 1,
-            "network": {"width": own.width, "depth": own.depth} if own.network is None else None,
-            "levels": own.levels_of_training,
-            "sites": described_sites(self.program),
-            "given": tuple(self.given),
-            "loss": self.loss,
-            "complete": self.complete,
-        }
-        tensors = {f"network.{n}": v for n, v in self.network.state_dict().items()}
-        tensors |= {f"scales.{n}": v for n, v in vars(self.scales).items()}
-        return meta, {**tensors, "history": self.history}
-
-    def save(self, path: str | Path) -> None:
-        """Write the denoiser to one safetensors file, with a checksum and without the program."""
-        meta, tensors = self.state()
-        save_tensors(path, tensors, meta)
+        network = {"width": own.width, "depth": own.depth} if own.network is None else None
+        return {"network": network, "levels": own.levels_of_training}
 
     @classmethod
     def load(cls, path: str | Path, program: Program, network: nn.Module | None = None) -> FittedDenoiser:
@@ -257,46 +185,16 @@ class FittedDenoiser:
         """The inverse of `state`, for the same program with any data."""
         from inverse.variational.amortised import AmortisedDenoiser
 
-        if not isinstance(meta, dict) or meta.get("kind") != "FittedDenoiser" or meta.get("format") != 1:
-            raise CheckpointError(
-                f"{where} does not hold a trained denoiser; give the path that FittedDenoiser.save wrote"
-            )
         program = singles_of(program)[0]
+        cls.check_meta(meta, program, where, "denoiser")
         if (network is None) != (meta["network"] is not None):
             which = (
                 "holds weights of a network of your own: pass network=" if network is None else "has its own network"
             )
             raise OptionError(f"{where} {which}")
-        if meta["sites"] != described_sites(program):
-            raise ShapeError(
-                f"{where} was trained on the sites {meta['sites']}, but the program has {described_sites(program)}"
-            )
         options = AmortisedDenoiser(**(meta["network"] or {}), network=network, **meta["levels"])
         pairs = Pairs(program)
         built = build_network(options, pairs, torch.Generator(program.device).manual_seed(0))
-        place = program.device
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): v.to(place) for n, v in tensors.items() if n.startswith(prefix)}
-
-        try:
-            built.load_state_dict(part("network."))
-        except RuntimeError as error:
-            raise OptionError(f"the weights in {where} do not fit the network: {error}") from error
-        scales = Scales(**{n: v.to(program.dtype) for n, v in part("scales.").items()})
-        names, hashed = meta["given"]
-        loaded = cls(
-            program=program,
-            network=built.eval().requires_grad_(False),
-            scales=scales,
-            options=options,
-            history=tensors["history"],
-            loss=tuple(meta["loss"]),
-            complete=meta["complete"],
-            mask=pairs.mask,
-            given=(names, hashed),
-        )
-        loaded._check([program])
-        judged = judge(loaded.network, loaded.options.levels_of_training, scales, pairs, seed=1)
-        recognise(judged, loaded.loss, where)
+        loaded = cls.rebuilt(meta, tensors, program, built, options, pairs.mask, where)
+        recognise(judge(built, options.levels_of_training, loaded.scales, pairs, seed=1), loaded.loss, where)
         return loaded

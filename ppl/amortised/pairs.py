@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils import _pytree as pytree
 
 from ppl.batched_draws import drawn_in_lanes
 from ppl.cost import Cost, DenoiserCounter
@@ -120,17 +121,16 @@ class Pairs:
                 elif site.static and "denoiser" in site.capabilities:  # one run of the sampler for all rows
                     with _counted(unwrap(site.distribution), self.cost):
                         given[name] = site.distribution.sample((rows,))
-            lane = torch.zeros(rows, **own)
-            if self.batched:
-                one = torch.func.vmap(self._one, randomness="different")
-                z, y = one(lane, given, noise)
-            else:
-                several = [
-                    self._one(lane[i], *({n: v[i] for n, v in part.items()} for part in (given, noise)))
-                    for i in range(rows)
-                ]
-                z, y = (torch.stack(part) for part in zip(*several, strict=True))
+            z, y = self._many(self._one, rows, given, noise)
         return z, torch.where(self.mask, y, torch.zeros_like(y))
+
+    def _many(self, one: Callable[..., Any], rows: int, *parts: Any) -> Any:
+        """A function of one lane and its parts of dicts or tensors, for all rows: in one batch, or row by row."""
+        lane = torch.zeros(rows, dtype=self.program.dtype, device=self.program.device)
+        if self.batched:
+            return torch.func.vmap(one, randomness="different")(lane, *parts)
+        several = [one(lane[i], *pytree.tree_map(lambda v, i=i: v[i], parts)) for i in range(rows)]
+        return pytree.tree_map(lambda *v: torch.stack(v), *several)
 
     def _one(self, lane: Tensor, given: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Latents and data of one run of the model."""
@@ -142,9 +142,10 @@ class Pairs:
             noise[n] if leaf.noise else biject_to(nodes[n]["fn"].support).inv(nodes[n]["value"])
             for n, leaf in self.layout.leaves.items()
         ]
-        data = [nodes[n]["value"] for n in self.data_shapes]
-        flat = [torch.cat([v.to(self.program.dtype).reshape(-1) for v in part]) for part in (latents, data)]
-        return flat[0], flat[1]
+        return self._flat(latents), self._flat([nodes[n]["value"] for n in self.data_shapes])
+
+    def _flat(self, values: list[Tensor]) -> Tensor:
+        return torch.cat([v.to(self.program.dtype).reshape(-1) for v in values])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ppl.flat import FlatDensity
 from ppl.monitor import Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
-from ppl.vi.fitted import full_log_density
+from ppl.vi.full_data import full_log_density
 
 __all__ = ["Trained", "posterior_of"]
 
