@@ -9,16 +9,14 @@ with monitor:
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +24,10 @@ from torch import Tensor
 from ppl.checkpoint import Checkpoint
 from ppl.cost import Cost
 from ppl.errors import CheckpointError, NotFiniteError, OptionError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from ppl.interrupt import SignalHandler
+from ppl.progress import Bar
 
 __all__ = ["Event", "Monitor"]
-
-_REFRESH = 0.1  # seconds between updates of the bar
 
 
 @dataclass(frozen=True)
@@ -97,14 +92,11 @@ class Monitor:
         self.stop_reason: str | None = None
         self._store = None if checkpoint is None else Checkpoint(checkpoint, fingerprint)
         self._sections: list[str] = []
-        self._progress_wanted = progress
-        self._bar: Progress | None = None
-        self._bar_time = -float("inf")
+        self._bar = Bar(progress)
+        self._signal = SignalHandler()
         self._depth = 0
         self._loops = 0
         self._clock = 0.0
-        self._previous_handler: Any = None
-        self._handler_installed = False
         self._saved_time = time.monotonic()
         self._serial = 0
         self._restored_cost = Cost()
@@ -114,7 +106,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self._depth == 0:
             self._clock = time.monotonic()
-            self._install_handler()
+            self._signal.install(self._on_sigint)
         self._depth += 1
         return self
 
@@ -125,29 +117,8 @@ class Monitor:
         self._depth -= 1
         if self._depth == 0:
             self._measure_memory()
-            self._restore_handler()
-            if self._bar is not None:
-                self._bar.refresh()
-                self._bar.stop()
-                self._bar = None
-
-    def _install_handler(self) -> None:
-        """Take over SIGINT, in the main thread only, and not where the process was told to ignore it."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        previous = signal.getsignal(signal.SIGINT)
-        if previous is None or previous == signal.SIG_IGN:
-            return
-        self._previous_handler = previous
-        signal.signal(signal.SIGINT, self._on_sigint)
-        self._handler_installed = True
-
-    def _restore_handler(self) -> None:
-        # == and not `is`: a bound method is a new object at each access. A handler set by someone else meanwhile stays.
-        if self._handler_installed and signal.getsignal(signal.SIGINT) == self._on_sigint:
-            signal.signal(signal.SIGINT, self._previous_handler)
-        self._handler_installed = False
-        self._previous_handler = None
+            self._signal.restore()
+            self._bar.stop()
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -173,7 +144,7 @@ class Monitor:
             start: steps that were done before, from `resume()`.
         """
         with self:
-            task = self._add_task(label, total, start)
+            task = self._bar.add([*self._sections, label], total, start)
             done = start
             self._loops += 1
             try:
@@ -189,10 +160,10 @@ class Monitor:
                         # An accidental truthy return value must not end a run of hours.
                         if self.callback(event) is True:
                             self.stop("stopped by callback")
-                    self._show(task, done)
+                    self._bar.show(task, done, self.cost, self.info)
             finally:
                 self._loops -= 1
-                self._close_task(task, done)
+                self._bar.close(task, done, self.cost, self.info, inner=self._loops > 0)
 
     def report(self, **info: Any) -> None:
         """Say numbers about the run (elbo=..., ess=...) to the bar and to callbacks; free until they are shown."""
@@ -337,7 +308,7 @@ class Monitor:
         self.cost.add(**spent, peak_memory=now["peak_memory"])
         self._restored_cost = stored.copy()
 
-    # -- clock, memory, bar
+    # -- clock and memory
 
     def _tick(self) -> None:
         """Add the wall time since the last call, while the run is open."""
@@ -358,82 +329,3 @@ class Monitor:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == "darwin" else 1024
         self.cost.add(peak_memory=int(peak))
-
-    def _add_task(self, label: str, total: int, start: int) -> Any:
-        """A line of the bar, or None where no bar is shown."""
-        if not self._progress_wanted:
-            return None
-        if self._progress_wanted != "force" and not _someone_is_looking():
-            return None
-        if self._bar is None:
-            self._bar = _make_bar()
-            self._bar.start()
-        name = " / ".join([*self._sections, label])
-        # The label is text, not markup: a "[0]" in it must be shown.
-        return self._bar.add_task(name.replace("[", "\\["), total=total, completed=start, words="")
-
-    def _show(self, task: Any, done: int) -> None:
-        if self._bar is None or task is None:
-            return
-        now = time.monotonic()
-        if now - self._bar_time < _REFRESH:
-            return
-        self._bar_time = now
-        self._bar.update(task, completed=done, words=self._words())
-        self._bar.refresh()
-
-    def _close_task(self, task: Any, done: int) -> None:
-        """An outer loop's line stays on the screen, up to eight of them; an inner one makes room."""
-        if self._bar is None or task is None:
-            return
-        self._bar.update(task, completed=done, words=self._words())
-        if self._loops > 0:
-            self._bar.remove_task(task)
-        elif len(self._bar.tasks) > 8:
-            self._bar.remove_task(self._bar.task_ids[0])
-
-    def _words(self) -> str:
-        """Cost and reported numbers, short."""
-        counts = self.cost
-        words = []
-        if counts.denoiser_calls:
-            words.append(f"{counts.denoiser_calls:,} denoiser calls, {counts.denoiser_evals:,} evals")
-        elif counts.gradient_evals or counts.density_evals:
-            words.append(f"{counts.gradient_evals:,} gradients, {counts.density_evals:,} densities")
-        words += [f"{name} {_short(value)}" for name, value in self.info.items()]
-        return "  ".join(words)
-
-
-def _short(value: Any) -> str:
-    """A number in four digits; anything else as it prints."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.numel() == 1 else value.tolist()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _someone_is_looking() -> bool:
-    """A terminal or a notebook, decided without importing either's library."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
-
-
-def _make_bar() -> Progress:
-    """A bar that draws only when told to: no thread beside the engine."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}", markup=False),
-    )
-    return Progress(*columns, console=Console(stderr=True), auto_refresh=False)
