@@ -17,9 +17,10 @@ from torch import Tensor
 from ppl.backend import Exactness, register
 from ppl.errors import NotFiniteError, OptionError, ProgramError
 from ppl.mcmc.target import refuse_subsampling
+from ppl.pareto import smooth_tail
 from ppl.posterior import Estimate, Posterior
 from ppl.smc.reference import Reference, check_source, reference_of
-from ppl.vi.fitted import full_log_density, full_values
+from ppl.vi.full_data import full_log_density, full_values
 from ppl.weighted import kish_ess
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def weighted_posterior(
         mean = torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
         spread = (log_weight - mean).exp().std() if len(log_weight) > 1 else mean.new_tensor(math.inf)
         evidence = Estimate(mean, spread / math.sqrt(len(log_weight)))
-        smoothed, k_hat = _pareto(log_weight)
+        smoothed, k_hat = smooth_tail(log_weight)
         info = {"pareto_k": k_hat, "kish_ess": kish_ess(torch.softmax(log_weight, 0))}
         shown = smoothed if smooth else log_weight
         if float(k_hat) > RELIABLE:
@@ -172,20 +173,3 @@ def _refuse_noise(reference: Reference, z: Tensor) -> None:
             "the density of all data is not known and weights would be noise; choose a subsample_size that divides "
             "the plate"
         )
-
-
-def _pareto(log_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Smoothed log weights, and k-hat; the weights as they are and NaN where there are too few for a fit."""
-    alive = log_weight > -math.inf
-    some = log_weight[alive]
-    nan = torch.full((), math.nan, dtype=torch.float64, device=log_weight.device)
-    if len(some) < 25:
-        return log_weight, nan
-    if float(some.max() - some.min()) < 1e-6:  # equal weights: there is no tail to fit
-        return log_weight, -math.inf + torch.zeros_like(nan)
-    import arviz
-
-    smooth, k_hat = arviz.psislw(some.detach().cpu().numpy().copy())
-    smoothed = log_weight.clone()
-    smoothed[alive] = torch.as_tensor(smooth, dtype=torch.float64).to(log_weight.device)
-    return smoothed, torch.as_tensor(float(k_hat), dtype=torch.float64).to(log_weight.device)

@@ -16,6 +16,7 @@ from torch.distributions import transform_to
 
 from ppl.backend import Exactness, register
 from ppl.errors import NotFiniteError, OptionError, ProgramError
+from ppl.fit_door import open_fit
 from ppl.lbfgs import Climb
 from ppl.mcmc.target import fixed_density
 from ppl.monitor import Monitor
@@ -124,12 +125,7 @@ class Laplace:
         Raises:
             ProgramError: there is no mode, or the curvature at the highest point is not that of one.
         """
-        if program.problems is not None:
-            raise ProgramError(
-                "Laplace.fit takes one problem at a time; ppl.infer runs the problems of program.over in turn"
-            )
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
+        generator, monitor = open_fit("Laplace", program, generator, seed, monitor)
         flat = fixed_density(program, "Laplace", monitor)
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ppl.backend import Exactness, register
-from ppl.errors import NotFiniteError, OptionError, ProgramError
+from ppl.errors import NotFiniteError, OptionError
+from ppl.fit_door import open_fit
 from ppl.importance import weighted_posterior
 from ppl.lbfgs import Climb
 from ppl.mcmc.target import fixed_density
@@ -184,12 +185,7 @@ class Pathfinder:
         Raises:
             NotFiniteError: no path met a point at which a normal has a finite ELBO.
         """
-        if program.problems is not None:
-            raise ProgramError(
-                "Pathfinder.fit takes one problem at a time; ppl.infer runs the problems of program.over in turn"
-            )
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
+        generator, monitor = open_fit("Pathfinder", program, generator, seed, monitor)
         flat = fixed_density(program, "Pathfinder", monitor)
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:

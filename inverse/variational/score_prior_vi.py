@@ -22,7 +22,8 @@ from inverse.variational.bounded_program import BoundedProgram
 from inverse.variational.prior_bounds import Bound
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
-from ppl.errors import CheckpointError, OptionError, ProgramError
+from ppl.errors import CheckpointError, OptionError
+from ppl.fit_door import open_fit
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -238,14 +239,9 @@ class ScorePriorVI(SVI):
             NotFiniteError: the density or its gradient is not finite at a draw of the guide.
             OptionError: `start` is of another family, or several starts were asked for beside it.
         """
-        if program.problems is not None:
-            raise ProgramError(
-                "ScorePriorVI.fit takes one problem at a time; ppl.infer runs the problems of program.over in turn"
-            )
+        generator, monitor = open_fit("ScorePriorVI", program, generator, seed, monitor)
         if start is not None and self.starts > 1:
             raise OptionError(f"a fit that goes on has one start; use starts=1 instead of {self.starts}")
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
         # Reading the prior costs some denoiser calls, which belong to the run.
         bounded = BoundedProgram.of(program, self.bound, self.sigma_min, self.levels, self.check, monitor.cost)
         bounded.generator = generator

@@ -52,7 +52,7 @@ def fit_objective(
         first = options.steps if finished is not None else int(saved.pop("step"))
         fit.load(saved)
     if first < options.steps:
-        fit.prepare(options.steps - first)
+        fit.prepare()
         for note in fit.notes:
             monitor.note(note)
         for step in monitor.steps(options.steps, "fit", start=first):
@@ -111,14 +111,17 @@ class _Fit:
         self.pieces, *self.moments = (self._split(x) for x in (self.theta, self.m, self.v))
         self.counts = [torch.full((), float(self.updates), device=self.theta.device) for _ in self.pieces]
 
-    def prepare(self, steps: int) -> None:
-        """Trace the gradient of an objective where the steps to come repay it; a note says what was chosen."""
-        if steps < TRACE_STEPS:
+    def prepare(self) -> None:
+        """Trace the gradient of the objective where its steps repay it; a note says what was chosen.
+
+        All steps count, so that a fit that goes on after a kill chooses as it did before.
+        """
+        if self.options.steps < TRACE_STEPS:
             return
         named = dict(zip(self.shapes, self.pieces, strict=True))
-        options, compile = self.options, self.program.compile
+        steps, copies, compile = self.options.steps, self.options.particles, self.program.compile
         try:
-            traced = Traced(self.engine, self.transforms, named, options.particles, calls=steps, compile=compile)
+            traced = Traced(self.engine, self.transforms, named, copies, calls=steps, compile=compile)
         except TraceError as error:
             self.notes.append(f"each step runs Pyro's handlers: {error}")
             return

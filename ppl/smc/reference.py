@@ -16,7 +16,9 @@ from torch import Tensor
 from ppl.errors import OptionError, ShapeError
 from ppl.flat import FlatDensity
 from ppl.smc.tempered import PriorDraws, TemperedDensity
-from ppl.vi.fitted import FittedGuide, full_log_density, with_parameters
+from ppl.vi.fitted import FittedGuide
+from ppl.vi.fitted_base import with_parameters
+from ppl.vi.full_data import full_log_density
 
 if TYPE_CHECKING:
     from ppl.monitor import Monitor

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from ppl.backend import Exactness, register
-from ppl.errors import OptionError, ProgramError
+from ppl.errors import OptionError
+from ppl.fit_door import open_fit
 from ppl.flat import FlatDensity
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
-from ppl.vi.fitted import FittedGuide, bound_guide, draw_subsample, with_parameters
+from ppl.vi.fitted import FittedGuide, bound_guide
+from ppl.vi.fitted_base import with_parameters
+from ppl.vi.full_data import draw_subsample
 from ppl.vi.guides import Guide, MeanField
 from ppl.vi.guides.guide import detached
 
@@ -187,12 +190,7 @@ class SVI:
             NotFiniteError: the density or its gradient is not finite at a draw of the guide.
             OptionError: `start` is of another family.
         """
-        if program.problems is not None:
-            raise ProgramError(
-                "SVI.fit takes one problem at a time; ppl.infer runs the problems of program.over in turn"
-            )
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
+        generator, monitor = open_fit("SVI", program, generator, seed, monitor)
         if self.objective is not None or not isinstance(self.guide, Guide):
             from ppl.objectives.fit import fit_objective
 
