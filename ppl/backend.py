@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from ppl.cost import Cost
-from ppl.errors import CapabilityError, OptionError, ProgramError
+from ppl.errors import CapabilityError, NotFiniteError, OptionError, ProgramError
 from ppl.monitor import Event, Monitor
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 
-__all__ = ["Backend", "Exactness", "fitting", "infer", "register", "registered"]
+__all__ = [
+    "Backend",
+    "Exactness",
+    "fitting",
+    "in_turn",
+    "infer",
+    "problem_seeds",
+    "register",
+    "registered",
+    "stack_problems",
+]
 
 Exactness = Literal["never", "in_the_limit", "always"]
 
@@ -32,7 +42,8 @@ class Backend(Protocol):
         exact_when: conditions on the program ("gaussian_prior", "linear_operator"), all of which must hold.
         needs: capabilities asked of the program's latent sites; each must be offered by at least one.
         default_chains: chains when the caller names none.
-        batches_problems: whether `run` takes `program.over(...)` as it is; otherwise problems run in turn.
+        batches_problems: whether `run` takes `program.over(...)` as it is; otherwise problems run in turn, problem i as
+            by `infer(program.problem(i), ..., seed=seeds[i])` with `seeds` the posterior's attrs["problem_seeds"].
     """
 
     exact: ClassVar[Exactness]
@@ -177,7 +188,8 @@ def infer(
         if program.problems is None or backend.batches_problems:
             posterior = backend.run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)
         else:
-            posterior = _in_turn(program, backend, draws, chains, generator, monitor)
+            seeds = problem_seeds(program, generator)
+            posterior = in_turn(program, backend, draws=draws, chains=chains, seeds=seeds, monitor=monitor)
     attrs: dict[str, Any] = {
         "backend": type(backend).__name__,
         "options": repr(backend),
@@ -201,36 +213,82 @@ def infer(
     )
 
 
-def _in_turn(
-    program: Program, backend: Backend, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-) -> Posterior:
-    """Problems one after the other, for backends that take one at a time; stacked along a leading problem axis."""
+def problem_seeds(program: Program, generator: torch.Generator) -> list[int]:
+    """One seed for every problem of `program.over(...)`, whether they run in turn or in one batch."""
     assert program.problems is not None
-    parts: list[Posterior] = []
-    seeds = torch.randint(2**31 - 1, (program.problems,), generator=generator, device=generator.device).tolist()
+    return torch.randint(2**31 - 1, (program.problems,), generator=generator, device=generator.device).tolist()
+
+
+def in_turn(
+    program: Program, backend: Backend, *, draws: int, chains: int, seeds: Sequence[int], monitor: Monitor
+) -> Posterior:
+    """Problems one after the other, each with its own seed; stacked along a leading problem axis."""
+    assert program.problems is not None
+    parts: list[Posterior | NotFiniteError] = []
     for i in monitor.steps(program.problems, "problems"):
-        with monitor.section(f"problem {i}"):
-            own = torch.Generator(generator.device).manual_seed(seeds[i])
-            part = backend.run(program.problem(i), draws=draws, chains=chains, generator=own, monitor=monitor)
-        parts.append(part)
-    if monitor.interrupted and len(parts) > 1 and parts[-1].shape[-1] < parts[0].shape[-1]:
+        own = torch.Generator(program.device).manual_seed(seeds[i])
+        try:
+            with monitor.section(f"problem {i}"):
+                parts.append(
+                    backend.run(program.problem(i), draws=draws, chains=chains, generator=own, monitor=monitor)
+                )
+        except NotFiniteError as error:
+            parts.append(error)
+    last = parts[-1] if parts else None
+    found = [part for part in parts if isinstance(part, Posterior)]
+    if monitor.interrupted and len(found) > 1 and last is found[-1] and last.shape[-1] < found[0].shape[-1]:
         del parts[-1]  # cut short: it would cost the finished ones their draws
-    return stack_problems(parts, program.problems)
+    return stack_problems(parts, program.problems, seeds, monitor)
 
 
-def stack_problems(parts: list[Posterior], problems: int) -> Posterior:
-    """One posterior with a leading problem axis; after an interruption only the problems that were finished."""
-    length = min(p.shape[-1] for p in parts)
+def stack_problems(
+    parts: Sequence[Posterior | NotFiniteError],
+    problems: int,
+    seeds: Sequence[int] = (),
+    monitor: Monitor | None = None,
+) -> Posterior:
+    """One posterior with a leading problem axis; after an interruption only the problems that were finished.
+
+    A problem that failed leaves the others as they are: its draws, weights and evidence are not numbers,
+    attrs["failed_problems"] lists it, and a note says why.
+
+    Args:
+        parts: what was found for each problem.
+        problems: how many there are.
+        seeds: of the problems, for attrs["problem_seeds"].
+        monitor: takes the notes.
+
+    Raises:
+        NotFiniteError: all problems failed.
+    """
+    found = [part for part in parts if isinstance(part, Posterior)]
+    failed = {i: part for i, part in enumerate(parts) if not isinstance(part, Posterior)}
+    if failed and not found:
+        raise next(iter(failed.values()))
+    for i, error in failed.items():
+        if monitor is not None:
+            monitor.note(f"problem {i} failed, and its draws are not numbers: {error}")
+    complete = len(parts) == problems and all(p.complete for p in found) and not failed
+    length = min(p.shape[-1] for p in found)
+    if monitor is not None and not monitor.interrupted and any(p.shape[-1] > length for p in found):
+        least = next(i for i, p in enumerate(parts) if isinstance(p, Posterior) and p.shape[-1] == length)
+        monitor.note(f"problem {least} has {length} draws per chain left, and all problems are cut to as many")
+    blank = _not_numbers(found[0]) if failed else found[0]
+    filled = [part if isinstance(part, Posterior) else blank for part in parts]
 
     def stack(values: list[Tensor]) -> Tensor:
         return torch.stack(values)
 
-    cut = [{n: v[:, :length] for n, v in p.draws.items()} for p in parts]
-    weights = [p.log_weight[:, :length] for p in parts if p.log_weight is not None]
-    evidence = [p.log_evidence for p in parts if p.log_evidence is not None]
-    complete = len(parts) == problems and all(p.complete for p in parts)
-    common = set.intersection(*(set(p.info) for p in parts))
-    info = {n: stack([p.info[n] for p in parts]) for n in common if len({p.info[n].shape for p in parts}) == 1}
+    cut = [{n: v[:, :length] for n, v in p.draws.items()} for p in filled]
+    weights = [p.log_weight[:, :length] for p in filled if p.log_weight is not None]
+    evidence = [p.log_evidence for p in filled if p.log_evidence is not None]
+    common = set.intersection(*(set(p.info) for p in filled))
+    info = {n: stack([p.info[n] for p in filled]) for n in common if len({p.info[n].shape for p in filled}) == 1}
+    attrs: dict[str, Any] = {"problems": len(parts), "complete": complete}
+    if seeds:
+        attrs["problem_seeds"] = list(seeds)
+    if failed:
+        attrs["failed_problems"] = list(failed)
     return Posterior(
         draws={n: stack([c[n] for c in cut]) for n in cut[0]},
         log_weight=stack(weights) if len(weights) == len(parts) else None,
@@ -239,7 +297,22 @@ def stack_problems(parts: list[Posterior], problems: int) -> Posterior:
         else None,
         info=info,
         cost=Cost(),
-        attrs={"problems": len(parts), "complete": complete},
+        attrs=attrs,
+    )
+
+
+def _not_numbers(like: Posterior) -> Posterior:
+    """In the place of a problem that failed: NaN, and zero where there is none."""
+
+    def nan(t: Tensor) -> Tensor:
+        return torch.full_like(t, torch.nan) if t.is_floating_point() else torch.zeros_like(t)
+
+    evidence = None if like.log_evidence is None else Estimate(nan(like.log_evidence.value), nan(like.log_evidence[1]))
+    return Posterior(
+        draws={n: nan(v) for n, v in like.draws.items()},
+        log_weight=None if like.log_weight is None else nan(like.log_weight),
+        log_evidence=evidence,
+        info={n: nan(v) for n, v in like.info.items()},
     )
 
 

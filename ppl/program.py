@@ -312,6 +312,16 @@ class Program:
         self._single_functions = row._functions
         return row
 
+    def spread(self, which: Tensor) -> Program:
+        """Of a program `over` many problems, the one whose lane k is a draw of problem which[k], (lanes,) integers."""
+        if self.problems is None:
+            raise ProgramError("this program holds one problem; `spread` belongs to program.over(...)")
+        new = copy.copy(self)
+        new.problems = len(which)
+        new._stacked = {n: v[which.to(v.device)] for n, v in self._stacked.items()}
+        new._rows = tuple(self._rows[i] for i in which.tolist())
+        return new
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Program:
         """The same program on another device or in another floating type; priors that can move are moved."""
         if self.problems is not None:

@@ -54,6 +54,7 @@ class DPSGuide:
     clip: tuple[float, float] | None = None
 
     exact_when: ClassVar[tuple[str, ...]] = ()
+    per_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.zeta > 0 and math.isfinite(self.zeta)):

@@ -63,6 +63,7 @@ class FreeDoMGuide:
     scale: float | None = None
 
     exact_when: ClassVar[tuple[str, ...]] = ()
+    per_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.weight not in get_args(FreeDoMWeight):

@@ -5,6 +5,7 @@ posterior = D + C B^T (I + B C B^T)^{-1} (d - B D),     log_twist = log N(d; B D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +18,7 @@ from inverse.guides.closure import ConditionedCovariance, FactoredGram, Gram, It
 from inverse.guides.pigdm import PiGDMGuide
 from inverse.guides.spectrum import GramSpectrum
 from inverse.operators import Dense, LinearOperator
+from inverse.operators.per_lane import PerLane
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -60,6 +62,7 @@ class MomentMatchingGuide:
     exact_when: ClassVar[tuple[str, ...]] = ("gaussian_prior", "linear_gaussian_likelihood")
     acts_in: ClassVar[str] = "denoiser"
     gradient: ClassVar[bool] = True
+    per_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.exact_limit < 0:
@@ -90,15 +93,13 @@ class BoundMomentMatching:
         self.operator: LinearOperator = gaussian.operator
         self.data = gaussian.data.to(problem.device, problem.dtype)
         self.log_normaliser = gaussian.log_normaliser
-        d, limit = problem.shape.numel(), options.exact_limit
-        if self.data.numel() > limit and d <= limit:
+        d, limit, self.size = problem.shape.numel(), options.exact_limit, gaussian.size
+        if self.size > limit and d <= limit:
             self._compress(d)
-        self.small = self.data.numel() <= limit
+        self.small = self.size <= limit
         self.gradient = self.small
         if self.small:
-            m = self.data.numel()
-            eye = torch.eye(m, dtype=problem.dtype, device=problem.device)
-            self._rows = self.operator.adjoint(eye.reshape(m, *self.operator.out_shape))
+            self._rows = rows_of(self.operator, problem)
         else:
             self._spectrum = GramSpectrum.of(self.operator)
 
@@ -109,12 +110,13 @@ class BoundMomentMatching:
         """B = Q R with d columns: Q^T d says all that d says of x, and the rest is a constant."""
         matrix = self.operator.dense(dtype=torch.float64)
         q, r = torch.linalg.qr(matrix)
-        data = self.data.reshape(-1).double()
-        inside = q.T @ data
-        self.log_normaliser = self.log_normaliser - 0.5 * (data - q @ inside).square().sum()
+        lead = self.data.shape[: self.data.ndim - len(self.operator.out_shape)]  # lanes, where each has its own
+        data = self.data.reshape(*lead, self.size).double()
+        inside = data @ q
+        self.log_normaliser = self.log_normaliser - 0.5 * (data - inside @ q.T).square().sum(-1)
         # Dense keeps float64 and follows the dtype of its argument.
         self.operator = Dense(r, in_shape=tuple(self.problem.shape), out_shape=(d,))
-        self.data = inside.to(self.problem.dtype)
+        self.data, self.size = inside.to(self.problem.dtype), d
 
     def _variance(self, s: float) -> float:
         """v of the scalar closure, for the preconditioner and for the determinant."""
@@ -122,7 +124,7 @@ class BoundMomentMatching:
 
     def _towards(self, covariance: TweedieCovariance, s: float) -> Tensor:
         """C B^T, (m, lanes, *shape)."""
-        rows = self._rows[:, None].expand(len(self._rows), *covariance.mean.shape)
+        rows = self._rows.expand(len(self._rows), *covariance.mean.shape)
         if isinstance(covariance, NetworkCovariance):
             # vjps alone: symmetrising B C B^T afterwards gives what the symmetrised Jacobian would.
             return s**2 * torch.stack([covariance.vjp(row) for row in rows])
@@ -150,7 +152,7 @@ class BoundMomentMatching:
         if self.options.dense and isinstance(covariance, NetworkCovariance):
             covariance = covariance.affine(1.0, 0.0)
         prior = covariance.mean
-        m, lanes = self.data.numel(), len(x)
+        m, lanes = self.size, len(x)
         residual = (self.data - self.operator(prior)).reshape(lanes, m)
         self.cost.likelihood_evals += lanes
         gram: Gram
@@ -171,3 +173,11 @@ class BoundMomentMatching:
         log_twist = self.log_normaliser - 0.5 * (residual * solved).sum(-1) - 0.5 * log_det
         conditioned = ConditionedCovariance(posterior, covariance, self.operator, gram, self.problem.prior.event_shape)
         return Guided(prior, posterior, log_twist.to(x.dtype), covariance=conditioned)
+
+
+def rows_of(operator: LinearOperator, problem: DiffusionProblem) -> Tensor:
+    """B^T of every measurement, (m, 1, *shape), or (m, lanes, *shape) where operators differ from lane to lane."""
+    m = math.prod(operator.out_shape)
+    eye = torch.eye(m, dtype=problem.dtype, device=problem.device).reshape(m, 1, *operator.out_shape)
+    lanes = len(operator.which) if isinstance(operator, PerLane) else 1
+    return operator.adjoint(eye.expand(m, lanes, *operator.out_shape))

@@ -72,6 +72,7 @@ class MPGDGuide:
     project_between: tuple[float, float] = (0.0, math.inf)
 
     exact_when: ClassVar[tuple[str, ...]] = ()
+    per_lane: ClassVar[bool] = True
     acts_in: ClassVar[str] = "denoiser"
     gradient: ClassVar[bool] = False
 

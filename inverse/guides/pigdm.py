@@ -44,6 +44,7 @@ class PiGDMGuide:
     jacobian: bool = True
 
     acts_in: ClassVar[str] = "denoiser"
+    per_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.data_std is not None and not (self.data_std > 0 and math.isfinite(self.data_std)):
@@ -100,7 +101,7 @@ class _BoundPiGDM:
         solved = operator.solve_gram(residual, 1.0, v)
         gradient = operator.adjoint(solved)
         self.cost.likelihood_evals += len(x)
-        fit = (residual * solved).reshape(len(x), self._data.numel()).sum(-1)
+        fit = (residual * solved).reshape(len(x), self.gaussian.size).sum(-1)
         log_twist = self.gaussian.log_normaliser - 0.5 * fit - 0.5 * self._spectrum.log_det(v)
         posterior = prior + (s**2 * vjp(gradient) if self.options.jacobian else v * gradient)
         return Guided(prior, posterior, log_twist.to(x.dtype))

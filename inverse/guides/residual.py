@@ -35,7 +35,7 @@ def residual_fn(problem: DiffusionProblem) -> Callable[[Tensor], Tensor]:
     gaussian = likelihood.gaussian if likelihood.is_gaussian else None
     if gaussian is not None and gaussian.stddev is not None:
         data = gaussian.data * gaussian.stddev
-        return lambda x: (data - gaussian.measured(x)).reshape(len(x), data.numel()).to(x.dtype)
+        return lambda x: (data - gaussian.measured(x)).reshape(len(x), gaussian.size).to(x.dtype)
     read = problem.program.batched(_residuals)
     # A graph is made for a positive number of lanes.
     return lambda x: read(likelihood.values(x)) if len(x) else 0 * x.flatten(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators import LinearOperator
+from inverse.operators.per_lane import PerLane
 
 __all__ = ["GramSpectrum"]
 
@@ -17,8 +18,8 @@ class GramSpectrum:
     """Eigenvalues of B B^T with weights: log det(I + v B B^T) = sum_i weight_i log(1 + v value_i).
 
     Args:
-        values: (n,) float64 eigenvalues, or Lanczos nodes.
-        weights: (n,) float64 multiplicities; all one with a decomposition.
+        values: (n,) float64 eigenvalues, or Lanczos nodes; (lanes, n) where operators differ from lane to lane.
+        weights: (n,) float64 multiplicities, or (lanes, n); all one with a decomposition.
         exact: whether these are all the eigenvalues that are not zero.
     """
 
@@ -41,6 +42,8 @@ class GramSpectrum:
             >>> round(float(GramSpectrum.of(Dense(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))).log_det(1.0).exp()), 6)
             20.0
         """
+        if isinstance(operator, PerLane):
+            return cls._of_lanes(operator, probes, depth, seed)
         if "svd" in operator.capabilities:
             values = operator.svd().s.double().square()
             return cls(values, torch.ones_like(values), True)
@@ -51,9 +54,17 @@ class GramSpectrum:
         nodes, weights = _lanczos(operator, (signs / size**0.5).to(device), min(depth, size))
         return cls(nodes.reshape(-1).clamp(min=0), weights.reshape(-1) * size / probes, False)
 
+    @classmethod
+    def _of_lanes(cls, operator: PerLane, probes: int, depth: int, seed: int) -> GramSpectrum:
+        """That of every lane, shorter ones filled up with eigenvalues of zero."""
+        each = [cls.of(member, probes, depth, seed) for member in operator.members]
+        parts = ([one.values for one in each], [one.weights for one in each])
+        values, weights = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True)[operator.which] for part in parts)
+        return cls(values, weights, all(one.exact for one in each))
+
     def log_det(self, v: float) -> Tensor:
-        """log det(I + v B B^T), 0-d float64."""
-        return (self.weights * torch.log1p(v * self.values)).sum()
+        """log det(I + v B B^T), 0-d float64; (lanes,) where operators differ from lane to lane."""
+        return (self.weights * torch.log1p(v * self.values)).sum(-1)
 
 
 def _lanczos(operator: LinearOperator, start: Tensor, depth: int) -> tuple[Tensor, Tensor]:

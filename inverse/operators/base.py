@@ -101,7 +101,7 @@ class SVD:
     the null space of A, reached by `complement`.
 
     Args:
-        s: (r,) float64 singular values.
+        s: (r,) float64 singular values; (lanes, r) of an operator that differs from lane to lane.
         to_spectral: V^T x, (*batch, *in_shape) -> (*batch, r).
         from_spectral: V z, (*batch, r) -> (*batch, *in_shape).
         to_spectral_data: U^T y, (*batch, *out_shape) -> (*batch, r).
@@ -123,7 +123,7 @@ class SVD:
     @property
     def rank(self) -> int:
         """Number of singular values."""
-        return len(self.s)
+        return self.s.shape[-1]
 
     def complement(self, x: Tensor) -> Tensor:
         """Part of x that the operator does not see, x - V V^T x: (*batch, *in_shape) -> the same."""
@@ -297,7 +297,7 @@ class LinearOperator(nn.Module):
             svd = self.svd()
             inverse = 1 / svd.s
             if rcond is not None:
-                inverse = torch.where(svd.s < rcond * svd.s.max(), torch.zeros_like(inverse), inverse)
+                inverse = torch.where(svd.s < rcond * svd.s.amax(-1, keepdim=True), torch.zeros_like(inverse), inverse)
             return svd.from_spectral(svd.to_spectral_data(y) * inverse.to(y))
         if rcond is not None:
             raise OptionError("rcond needs a decomposition, which this operator is too large for; leave rcond None")

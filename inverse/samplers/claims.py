@@ -10,7 +10,7 @@ __all__ = ["NeverExact"]
 
 
 class NeverExact:
-    """The claims of a sampler whose draws are trajectories of the reverse diffusion; problems run in turn.
+    """The claims of a sampler whose draws are trajectories of the reverse diffusion, many problems in one batch.
 
     Example:
         >>> NeverExact.exact, sorted(NeverExact.needs)
@@ -22,4 +22,4 @@ class NeverExact:
     exact_when: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
+    batches_problems: ClassVar[bool] = True

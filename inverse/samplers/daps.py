@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inverse.guides.base import likelihood_gradient
+from inverse.many import require_even
 from inverse.problem import DiffusionProblem
 from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
@@ -130,11 +131,12 @@ class _Decoupled(Descent):
         self.options = options
         self.closed = options.closed(problem)
         if self.closed:
+            require_even(problem, "DAPS in closed form")
             gaussian = problem.likelihood.gaussian
             self._operator, self._data = gaussian.operator, gaussian.data.to(problem.device, problem.dtype)
             return
         # A chain with curvature h is stable for eta h < 2; of a likelihood without Gaussian form h is not known.
-        known = float(problem.likelihood.gaussian.operator.norm()) ** 2 if problem.likelihood.is_gaussian else 0.0
+        known = float(problem.likelihood.gaussian.operator.norm().max()) ** 2 if problem.likelihood.is_gaussian else 0.0
         for i, s in enumerate(self.levels[:-1]):
             if self.step(i) * (known + 1 / s**2) >= 2:
                 most = 2 * options.step_size / self.step(i) / (known + 1 / s**2)
@@ -166,7 +168,7 @@ class _Decoupled(Descent):
     def _draw(self, center: Tensor, s: float, noise: Noise) -> Tensor:
         """Matheron: u + s^2 B^T (I + s^2 B B^T)^{-1} (d - B u - n), u ~ N(center, s^2 I)."""
         u = center + s * noise.normal(self.problem.shape)
-        gap = self._data - self._operator(u) - noise.normal(self._data.shape)
+        gap = self._data - self._operator(u) - noise.normal(self._operator.out_shape)
         self.cost.likelihood_evals += len(u)
         return u + s**2 * self._operator.adjoint(self._operator.solve_gram(gap, 1.0, s**2))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inverse.many import require_even
 from inverse.problem import DiffusionProblem
 from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
@@ -75,6 +76,7 @@ class DDRM(TrajectorySampler):
 
     def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Restoration:
         """The steps that lanes take on a problem."""
+        require_even(problem, "DDRM")
         levels = trajectory_levels(self.schedule, self.steps, problem).tolist()
         return _Restoration(self, problem, SpectralData.of(problem, "DDRM"), levels, cost)
 
@@ -93,7 +95,7 @@ class _Restoration(Descent):
         top, data = self.levels[0], self.data
         x = self.problem.prior.start(noise.normal(self.problem.shape), top)
         # Noise of its own: the prior's start may mix the directions.
-        z = noise.normal(data.s.shape)
+        z = noise.normal(data.s.shape[-1:])
         seen = data.u / data.s + (top**2 - data.s**-2).clamp(min=0).sqrt() * z
         return {"x": data.replace(x, torch.where(data.s * top >= 1, seen, data.of_x(x)))}
 

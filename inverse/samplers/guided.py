@@ -9,7 +9,7 @@ exact draw of the guide's Gaussian closure given the data.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor
 from inverse.guides.base import BoundGuide, Guide, as_denoiser
 from inverse.guides.moment_matching import BoundMomentMatching
 from inverse.guides.tmpd import BoundTMPD
+from inverse.many import LaneProblem, UnlikeError, require_even
 from inverse.problem import DiffusionProblem
 from inverse.samplers.claims import NeverExact
-from inverse.samplers.lanes import Noise, check_chunk, run_lanes
+from inverse.samplers.door import FAR_OFF, TrajectorySampler, residual_chi
+from inverse.samplers.lanes import Noise, check_chunk
 from ppl.backend import register
+from ppl.cost import Cost
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
@@ -35,13 +38,9 @@ FAR = 1e6
 """Noise level, in units of data_std, at which x says nothing and the closure is that of the prior itself."""
 
 
-FAR_OFF = 3.0
-"""Median residual_chi from which a note says that the draws do not fit the data."""
-
-
 @register
 @dataclass(frozen=True)
-class GuidedSampler(NeverExact):
+class GuidedSampler(TrajectorySampler):
     """Any guide with any solver. One trajectory per draw, no weights: its error does not vanish with more draws.
 
     Args:
@@ -91,44 +90,33 @@ class GuidedSampler(NeverExact):
                 'or use weight="likelihood"'
             )
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        with torch.no_grad(), problem.running(monitor):
-            guide = self.guide.bind(problem, monitor.cost)
-            levels = guided_levels(self, problem)
-            method = _Guided(problem, guide, self.solver, levels)
-            x, complete = run_lanes(
-                method,
-                problem,
-                draws=draws,
-                chains=chains,
-                chunk=self.chunk,
-                generator=generator,
-                monitor=monitor,
-                label="noise levels",
-            )
-            results = problem.results(x)
-        if isinstance(guide, BoundMomentMatching) and guide.floored:
-            monitor.note(
-                f"{guide.floored} covariances of the data given x were not positive definite and were floored: the "
+    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> _Guided:
+        """The steps that lanes take on a problem."""
+        if isinstance(problem, LaneProblem) and not getattr(self.guide, "per_lane", False):
+            raise UnlikeError(f"{type(self.guide).__name__} takes one problem at a time")
+        if getattr(self.solver, "needs_covariance", False):
+            require_even(problem, f"{type(self.solver).__name__} of a guide")
+        levels = guided_levels(self, problem)
+        return _Guided(problem, self.guide.bind(problem, cost), self.solver, levels)
+
+    def remarks(self, methods: Sequence[Any], missed: float) -> Iterator[str]:
+        """What the guide had to mend, and data that were missed."""
+        floored = sum(getattr(method.guide, "floored", 0) for method in methods)
+        if floored and isinstance(methods[0].guide, BoundMomentMatching):
+            yield (
+                f"{floored} covariances of the data given x were not positive definite and were floored: the "
                 "denoiser's Jacobian is far from symmetric there"
             )
-        if isinstance(guide, BoundTMPD) and guide.floored:
-            monitor.note(
-                f"TMPD took {guide.floored} negative row sums of the covariance of x_0 given x for zero: entries are "
+        if floored and isinstance(methods[0].guide, BoundTMPD):
+            yield (
+                f"TMPD took {floored} negative row sums of the covariance of x_0 given x for zero: entries are "
                 "negatively correlated there, and MomentMatchingGuide() keeps what they are"
             )
-        info = residual_chi(problem, x)
-        missed = float(info["residual_chi"].median()) if "residual_chi" in info and x.numel() else 0.0
         if missed > FAR_OFF:
-            monitor.note(
+            yield (
                 f"the draws miss the data by {missed:.3g} times the noise level, exact draws by about 1: the "
                 "guidance is too weak, or its steps diverged; take more steps, another zeta, or MomentMatching"
             )
-        return Posterior(draws=results, info=info, attrs={"complete": complete})
 
 
 class GuidedPreset(NeverExact):
@@ -171,18 +159,6 @@ def guided_levels(sampler: GuidedSampler, problem: DiffusionProblem) -> Tensor:
             return torch.cat([far, far.new_tensor([low, 0.0])])
         return torch.cat([far, prior.grid(prior.sigma_max, low, steps - 1)])
     return prior.grid(prior.sigma_max, low, steps)
-
-
-def residual_chi(problem: DiffusionProblem, x: Tensor) -> dict[str, Tensor]:
-    """chi = ||d - B x|| / sqrt(m) for draws (chain, draw, *shape), near 1 for draws that fit as well as the noise does.
-
-    Below 1 the noise is fitted, above 1 the data are missed. Empty for likelihoods without a Gaussian form.
-    """
-    if not problem.likelihood.is_gaussian:
-        return {}
-    gaussian = problem.likelihood.gaussian
-    r = gaussian.residual(x)
-    return {"residual_chi": (r.square().reshape(*x.shape[:2], gaussian.size).mean(-1)).sqrt()}
 
 
 class _Guided:

@@ -1,13 +1,13 @@
 """Many draws side by side: noise that does not depend on how they are grouped, and the loop over groups.
 
-A lane is one draw of one chain. Lanes run together in groups of at most `chunk`; every lane has its own noise, so that
-grouping, an interruption and a resumption leave the draws as they are.
+A lane is one draw of one chain, of one problem where there are many. Lanes run together in groups of at most `chunk`;
+every lane has its own noise, so that grouping, an interruption and a resumption leave the draws as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Size, Tensor
 
+from inverse.many import ManyProblems, Streams, lanes_at_a_time
 from inverse.problem import DiffusionProblem
 from ppl.errors import NotFiniteError, OptionError
 from ppl.monitor import Monitor
 
-__all__ = ["Lanes", "Method", "Noise", "check_chunk", "run_lanes"]
+__all__ = ["Lanes", "Method", "Noise", "check_chunk", "run_lanes", "run_problem_lanes"]
 
 BLOCK = 16
 """Lanes that share a random stream; groups may cut through a block."""
@@ -39,21 +40,32 @@ class Noise(Protocol):
 
 
 class Lanes:
-    """The noise of lanes start ... stop - 1.
+    """The noise of lanes start ... stop - 1, problem after problem.
 
     Args:
-        seeds: (blocks,) int64, one seed per block of lanes of the whole run.
+        seeds: (problem, block) int64, one seed per block of lanes of a problem.
         start: first lane.
         stop: one past the last lane.
+        each: lanes of a problem.
         problem: says dtype and device.
         kind: device of the generator of the run, where noise is drawn.
     """
 
-    def __init__(self, seeds: Tensor, start: int, stop: int, problem: DiffusionProblem, kind: torch.device) -> None:
-        first, last = start // BLOCK, math.ceil(stop / BLOCK)
-        self._cut = slice(start - first * BLOCK, stop - first * BLOCK)
+    def __init__(
+        self, seeds: Tensor, start: int, stop: int, each: int, problem: DiffusionProblem, kind: torch.device
+    ) -> None:
         self._problem = problem
-        self._generators = [torch.Generator(kind).manual_seed(int(s)) for s in seeds[first:last]]
+        self._generators: list[torch.Generator] = []
+        kept = []  # of the lanes of whole blocks
+        for i in range(start // each, math.ceil(stop / each)):
+            low, high = max(start - i * each, 0), min(stop - i * each, each)
+            first, last = low // BLOCK, math.ceil(high / BLOCK)
+            here = BLOCK * len(self._generators)
+            kept.append(torch.arange(low - first * BLOCK, high - first * BLOCK) + here)
+            self._generators += [torch.Generator(kind).manual_seed(int(s)) for s in seeds[i, first:last]]
+        index = torch.cat(kept)
+        whole = len(index) == int(index[-1] - index[0]) + 1
+        self._kept: Any = slice(int(index[0]), int(index[-1]) + 1) if whole else index.to(kind)
 
     def normal(self, shape: Size | tuple[int, ...]) -> Tensor:
         """(lanes, *shape) standard normal noise."""
@@ -61,7 +73,7 @@ class Lanes:
             torch.randn((BLOCK, *shape), generator=g, dtype=self._problem.dtype, device=g.device)
             for g in self._generators
         ]
-        return torch.cat(blocks)[self._cut].to(self._problem.device)
+        return torch.cat(blocks)[self._kept].to(self._problem.device)
 
     def pack(self) -> Tensor:
         """Where the streams stand, (blocks, bytes)."""
@@ -94,15 +106,17 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What all groups share."""
+    """What all groups share: `at` says what to do with lanes start ... stop - 1."""
 
-    method: Method
-    problem: DiffusionProblem
+    at: Callable[[int, int], tuple[Method, DiffusionProblem]]
     monitor: Monitor
     device: torch.device
     label: str
+    total: int
+    each: int
+    steps: int = 0
 
 
 def check_chunk(chunk: int | None) -> None:
@@ -144,15 +158,73 @@ def run_lanes(
     Raises:
         NotFiniteError: if all lanes diverge, or all but fewer than there are chains.
     """
-    total = draws * chains
-    blocks = math.ceil(total / BLOCK)
-    run = _Run(method, problem, monitor, generator.device, label)
+    run = _Run(lambda start, stop: (method, problem), monitor, generator.device, label, draws * chains, draws * chains)
+    done, lost = _walk(run, _seeds(run.each, generator)[None], run.total if chunk is None else chunk, problem)
+    x = _by_chain(_survivors(run, done, lost, chains, problem.site), chains)
+    return x, x.shape[1] == draws
+
+
+def run_problem_lanes(
+    make: Callable[[DiffusionProblem], Method],
+    many: ManyProblems,
+    *,
+    draws: int,
+    chains: int,
+    chunk: int | None,
+    streams: Streams,
+    monitor: Monitor,
+    label: str,
+) -> list[Tensor | NotFiniteError]:
+    """Run a method for all draws of all chains of many problems, as `run_lanes` does for one.
+
+    Args:
+        make: the method for a problem whose lanes have data of their own.
+        many: the problems.
+        draws: draws per chain.
+        chains: independent runs.
+        chunk: most lanes at a time; None is what a device gains from.
+        streams: sources of the seeds, one for each problem.
+        monitor: of the run.
+        label: name of the loop.
+
+    Returns:
+        For each problem (chain, draw, *shape) draws, or why there are none. After an interruption the problems that
+        were finished; if none was, what there is of the first.
+    """
+    each, first = draws * chains, many.singles[0]
+
+    def at(start: int, stop: int) -> tuple[Method, DiffusionProblem]:
+        lanes = many.lanes(torch.arange(start, stop) // each)
+        return make(lanes), lanes
+
+    run = _Run(at, monitor, streams.device, label, each * len(many.singles), each)
+    seeds = torch.stack([_seeds(each, generator) for generator in streams.generators])
+    done, lost = _walk(run, seeds, lanes_at_a_time(chunk, each, first.device), first)
+    found: list[Tensor | NotFiniteError] = []
+    for i in range(max(len(done) // each, 1)):
+        own = slice(i * each, (i + 1) * each)
+        try:
+            kept = _survivors(run, done[own], lost[own], chains, f"{first.site} of problem {i}")
+            found.append(_by_chain(kept, chains))
+        except NotFiniteError as error:
+            found.append(error)
+    return found
+
+
+def _seeds(lanes: int, generator: torch.Generator) -> Tensor:
+    """(block,) seeds of the lanes of one problem."""
+    blocks = math.ceil(lanes / BLOCK)
+    return torch.randint(2**63 - 1, (blocks,), generator=generator, device=generator.device).cpu()
+
+
+def _walk(run: _Run, seeds: Tensor, size: int, first: DiffusionProblem) -> tuple[Tensor, Tensor]:
+    """Draws of all lanes that were finished, and the steps at which lanes were lost, 0 for none."""
+    total, monitor = run.total, run.monitor
     saved = monitor.resume()
     if saved is None:
-        seeds = torch.randint(2**63 - 1, (blocks,), generator=generator, device=generator.device).cpu()
-        done = torch.empty(0, *problem.shape, dtype=problem.dtype, device=problem.device)
+        done = torch.empty(0, *first.shape, dtype=first.dtype, device=first.device)
         lost = torch.zeros(0, dtype=torch.long)
-        size = total if chunk is None else min(chunk, total)
+        size = min(size, total)
     else:
         seeds, done, size, lost = saved.pop("seeds"), saved.pop("done"), int(saved.pop("size")), saved.pop("lost")
     shared = {"seeds": seeds, "done": done, "lost": lost.cpu(), "size": torch.tensor(size)}
@@ -170,21 +242,25 @@ def run_lanes(
             break
         done, saved = torch.cat([done, group[0]]), None
         shared |= {"done": done, "lost": torch.cat([shared["lost"], group[1]]), "size": torch.tensor(size)}
-    done = _survivors(run, done, shared["lost"], chains)
+    return done, shared["lost"]
+
+
+def _by_chain(done: Tensor, chains: int) -> Tensor:
+    """(chain, draw, *shape) from lanes, as many draws of each chain as there are of all.
+
+    Lanes go through the chains first, so that what is finished is the same number of draws of each.
+    """
     kept = len(done) // chains
-    # Lanes go through the chains first, so that what is finished is the same number of draws of each.
-    x = done[: kept * chains].reshape(kept, chains, *problem.shape).movedim(0, 1)
-    return x.contiguous(), kept == draws
+    return done[: kept * chains].reshape(kept, chains, *done.shape[1:]).movedim(0, 1).contiguous()
 
 
-def _survivors(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
+def _survivors(run: _Run, done: Tensor, lost: Tensor, chains: int, site: str) -> Tensor:
     """The draws that did not diverge; a note, or an error, says where the others were lost."""
     bad = lost[lost > 0]
     if not len(bad):
         return done
-    total = run.method.steps
     steps = [
-        f"{n} at step {s} of {total}"
+        f"{n} at step {s} of {run.steps}"
         for s, n in zip(*(t.tolist() for t in bad.unique(return_counts=True)), strict=True)
     ]
     where = ", ".join(steps[:3]) + (" and others later" if len(steps) > 3 else "")
@@ -192,12 +268,13 @@ def _survivors(run: _Run, done: Tensor, lost: Tensor, chains: int) -> Tensor:
     cure = "take more steps or weaker guidance, check the model there, or try float64"
     if len(kept) < chains:
         raise NotFiniteError(
-            f"{run.problem.site!r} is not finite, or beyond all bounds, in {len(bad)} of {len(lost)} draws ({where}), "
+            f"{site!r} is not finite, or beyond all bounds, in {len(bad)} of {len(lost)} draws ({where}), "
             f"which leaves {len(kept)} for {chains} chains; {cure}"
         )
+    of = "" if run.each == run.total else f" of {site}"
     run.monitor.note(
-        f"{len(bad)} of {len(lost)} draws diverged ({where}) and are left out; the others are kept, though they are "
-        f"draws of what did not diverge: {cure}"
+        f"{len(bad)} of {len(lost)} draws{of} diverged ({where}) and are left out; the others are kept, though they "
+        f"are draws of what did not diverge: {cure}"
     )
     return kept
 
@@ -206,22 +283,25 @@ def _run_group(
     run: _Run, shared: Mapping[str, Tensor], start: int, stop: int, saved: State | None
 ) -> tuple[Tensor, Tensor] | None:
     """Draws of lanes start ... stop - 1, and the steps at which lanes were lost, 0 for none; None when interrupted."""
-    noise = Lanes(shared["seeds"], start, stop, run.problem, run.device)
+    method, problem = run.at(start, stop)
+    noise = Lanes(shared["seeds"], start, stop, run.each, problem, run.device)
     if saved is None:
-        first, state = 0, run.method.begin(stop - start, noise)
+        first, state = 0, method.begin(stop - start, noise)
         lost = torch.zeros(stop - start, dtype=torch.long)
     else:
         first, lost = int(saved.pop("step")), saved.pop("losing").cpu()
         noise.unpack(saved.pop("noise"))
         state = {name.removeprefix("lane."): t for name, t in saved.items()}
-    total, bound = run.method.steps, _bound(run.problem.prior)
+    owner = torch.arange(start, stop) // run.each
+    total, bound = method.steps, _bound(problem.prior)
+    run.steps = total
     label = run.label if shared["size"] >= stop and not start else f"{run.label}, draws {start}-{stop - 1}"
     done = first
     for step in run.monitor.steps(total, label, start=first):
         if bool((lost == 0).any()):
-            with _unchecked(run.problem.prior):
-                state = run.method.advance(step, state, noise)
-            state, lost = _mark(state, lost, step + 1, bound)
+            with _unchecked(problem.prior):
+                state = method.advance(step, state, noise)
+            state, lost = _mark(state, lost, owner, step + 1, bound)
         done = step + 1
         now, gone = state, lost
 
@@ -232,7 +312,7 @@ def _run_group(
         run.monitor.checkpoint(done, pack)
     if done < total:
         return None
-    x = run.method.end(state, noise)
+    x = method.end(state, noise)
     return x, torch.where((lost == 0) & ~_sound(x, bound).cpu(), total, lost)
 
 
@@ -264,15 +344,19 @@ def _sound(x: Tensor, bound: float) -> Tensor:
     return (x.abs() <= bound).reshape(len(x), -1).all(1)
 
 
-def _mark(state: State, lost: Tensor, step: int, bound: float) -> tuple[State, Tensor]:
-    """Note the step of lanes that have diverged; copies of a good lane stand in for them from here on."""
+def _mark(state: State, lost: Tensor, owner: Tensor, step: int, bound: float) -> tuple[State, Tensor]:
+    """Note the step of lanes that have diverged; copies of a good lane stand in for them from here on.
+
+    It is one of the same problem (`owner`) where there is one.
+    """
     good = _sound(state["x"], bound)
     if bool(good.all()):
         return state, lost
     lost = torch.where((lost == 0) & ~good.cpu(), step, lost)
-    kept = (lost == 0).nonzero()
+    kept = (lost == 0).nonzero()[:, 0]
     if len(kept):
-        index = torch.where(lost == 0, torch.arange(len(lost)), kept[0])
+        alike = (owner[kept] == owner[:, None]).int().argmax(1)
+        index = torch.where(lost == 0, torch.arange(len(lost)), kept[alike])
         state = {name: t[index.to(t.device)] for name, t in state.items()}
     return state, lost
 

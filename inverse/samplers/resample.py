@@ -16,6 +16,7 @@ from torch import Tensor
 
 from inverse.guides.base import likelihood_gradient
 from inverse.guides.damping import per_lane
+from inverse.many import require_even
 from inverse.problem import DiffusionProblem
 from inverse.samplers.descent import Descent
 from inverse.samplers.guided import check_steps
@@ -118,6 +119,7 @@ class _Resampled(Descent):
     def __init__(self, options: ReSample, problem: DiffusionProblem, levels: list[float], cost: Cost | None) -> None:
         super().__init__(problem, levels, cost)
         self.options = options
+        require_even(problem, "ReSample")
         likelihood = problem.likelihood
         self._gaussian = likelihood.gaussian if options.inner == "closed" or likelihood.is_gaussian else None
         self._closed = self._gaussian is not None and options.inner != "adam"
@@ -150,7 +152,7 @@ class _Resampled(Descent):
         self.cost.likelihood_evals += len(x)
         chi = self._chi(residual)
         t = (1 - self.options.tolerance / chi.clamp(min=torch.finfo(x.dtype).tiny)).clamp(min=0)
-        ridge = RIDGE * float(operator.norm()) ** 2
+        ridge = RIDGE * operator.norm().square()
         return x + per_lane(t, x) * operator.adjoint(operator.solve_gram(residual, ridge, 1.0))
 
     def _climb(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""What samplers with a step of their own share: levels, the singular basis of the data, and the run itself.
+r"""What samplers with a step of their own share: levels, and the singular basis of the data.
 
 With whitened data d = B x + n and B = U diag(s) V^T:   u = U^T d,   u_i = s_i (V^T x)_i + n_i,   n ~ N(0, I)
 """
@@ -7,22 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from inverse.many import UnlikeError
 from inverse.operators.base import SVD
+from inverse.operators.per_lane import PerLane
 from inverse.problem import DiffusionProblem
-from inverse.samplers.claims import NeverExact
-from inverse.samplers.guided import FAR_OFF, residual_chi
-from inverse.samplers.lanes import Method, run_lanes
-from ppl.cost import Cost
+from inverse.samplers.door import TrajectorySampler
 from ppl.errors import CapabilityError, NotFiniteError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule
 
-__all__ = ["SpectralData", "TrajectorySampler", "check_level", "run_trajectories", "trajectory_levels"]
+__all__ = ["SpectralData", "TrajectorySampler", "check_level", "trajectory_levels"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,9 @@ class SpectralData:
     """The data in the singular basis of the whitened operator.
 
     Args:
-        s: (r,) positive singular values; 1 / s_i is the noise level of the data along direction i.
-        u: (r,) U^T d.
+        s: (r,) positive singular values; 1 / s_i is the noise level of the data along direction i. (lanes, r) where
+            operators differ from lane to lane.
+        u: (r,) U^T d; (lanes, r) where data do.
         svd: maps to and from the basis.
     """
 
@@ -49,6 +45,8 @@ class SpectralData:
         gaussian = problem.likelihood.gaussian
         if "svd" not in gaussian.operator.capabilities:
             operator = gaussian.operator
+            if isinstance(operator, PerLane):
+                raise UnlikeError("their operators differ and have no decomposition in one batch")
             raise CapabilityError(
                 f"{method} works in the singular basis of the whitened operator, but {type(operator).__name__} from "
                 f"{operator.in_shape} to {operator.out_shape} has none and is too large for a dense one; use "
@@ -81,62 +79,4 @@ def check_level(x: Tensor, sigma: float) -> None:
         raise NotFiniteError(
             f"x is not finite at noise level {sigma:.4g}: {bad} of {x.numel()} values are bad; check the denoiser "
             "there, or try float64 or smaller steps"
-        )
-
-
-def run_trajectories(
-    method: Method,
-    problem: DiffusionProblem,
-    *,
-    draws: int,
-    chains: int,
-    chunk: int | None,
-    generator: torch.Generator,
-    monitor: Monitor,
-) -> Posterior:
-    """All draws of all chains by `run_lanes`, with the residuals and a note where they are far off the data."""
-    with torch.no_grad(), problem.running(monitor):
-        x, complete = run_lanes(
-            method,
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=chunk,
-            generator=generator,
-            monitor=monitor,
-            label="noise levels",
-        )
-        results = problem.results(x)
-        info = residual_chi(problem, x)
-    missed = float(info["residual_chi"].median()) if "residual_chi" in info and x.numel() else 0.0
-    if missed > FAR_OFF:
-        monitor.note(
-            f"the draws miss the data by {missed:.3g} times the noise level, exact draws by about 1; take more steps, "
-            "or MomentMatching"
-        )
-    return Posterior(draws=results, info=info, attrs={"complete": complete})
-
-
-class TrajectorySampler(NeverExact):
-    """The door of backends whose lanes run side by side; a subclass gives its options and `method`."""
-
-    chunk: int | None
-
-    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> Method:
-        """The steps that lanes take on a problem."""
-        raise CapabilityError(f"{type(self).__name__} has no steps; write method(problem, cost) in the subclass")
-
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Draw all chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_trajectories(
-            self.method(problem, monitor.cost),
-            problem,
-            draws=draws,
-            chains=chains,
-            chunk=self.chunk,
-            generator=generator,
-            monitor=monitor,
         )

@@ -10,25 +10,22 @@ With the scale of the likelihood the loss is  E_q[-log p(y | x_0)] + KL(q_s || p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from inverse.guides.residual import misfit, residual_fn
 from inverse.problem import DiffusionProblem
-from inverse.samplers.guided import check_steps, residual_chi
-from inverse.samplers.lanes import Method, Noise, check_chunk, run_lanes
+from inverse.samplers.door import TrajectorySampler
+from inverse.samplers.guided import check_steps
+from inverse.samplers.lanes import Method, Noise, check_chunk
 from inverse.variational.red_diff_gaussian import Diagonal, LowRankFit, Point
 from inverse.variational.red_diff_levels import Levels, State, adam, begun
-from ppl.backend import Exactness, register
+from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
-from ppl.program import Program
 from sde import Schedule
 
 __all__ = ["WEIGHTINGS", "REDDiff"]
@@ -49,7 +46,7 @@ SMALLEST = 0.03  # singular values below this share of the largest are left out 
 
 @register
 @dataclass(frozen=True)
-class REDDiff:
+class REDDiff(TrajectorySampler):
     r"""Variational inference with the denoiser as the gradient of the prior; one call per step, no vjp.
 
     Published form: a regularised point estimate. Every draw is an optimisation of its own with its own noise, so that
@@ -102,12 +99,7 @@ class REDDiff:
     schedule: Schedule | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Exactness] = "never"
-    limit: ClassVar[tuple[str, ...]] = ()
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = False
+    loop: ClassVar[str] = "optimising"
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -129,27 +121,13 @@ class REDDiff:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise OptionError(f'rank must be one or more, got {self.rank!r}; without directions use "diagonal"')
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Optimise all draws side by side."""
-        problem = DiffusionProblem.of(program)
-        with torch.no_grad(), problem.running(monitor):
-            x, complete = run_lanes(
-                self._method(problem, monitor.cost),
-                problem,
-                draws=draws,
-                chains=chains,
-                chunk=self.chunk,
-                generator=generator,
-                monitor=monitor,
-                label="optimising",
-            )
-            results = problem.results(x)
-        return Posterior(draws=results, info=residual_chi(problem, x), attrs={"complete": complete})
+    def remarks(self, methods: Sequence[Any], missed: float) -> Iterator[str]:
+        """None: the published weight is not made to reach the noise level."""
+        yield from ()
 
-    def _method(self, problem: DiffusionProblem, cost: Cost) -> Method:
+    def method(self, problem: DiffusionProblem, cost: Cost | None = None) -> Method:
         """The form that the options ask for."""
+        cost = Cost() if cost is None else cost
         if self.scale == "published":
             return _Published(self, problem, cost)
         if self.covariance == "low_rank":
@@ -188,7 +166,7 @@ class _Published(Levels):
         weight = self.options.lam * WEIGHTINGS[self.options.weighting](s) / self.problem.shape.numel()
         _, gradient = misfit(self._residual, mu)
         self.cost.likelihood_evals += len(mu)
-        count = sum(data.numel() for data in self.problem.program.observed_data().values())
+        count = sum(data.numel() for data in self.problem.program.data.values())
         return adam(state, "x", gradient / count + weight * (mu - denoised) / s, self.options.lr, step)
 
     def end(self, state: State, noise: Noise) -> Tensor:

@@ -488,10 +488,10 @@ def test_noise_of_a_lane_does_not_depend_on_its_group() -> None:
     problem = DiffusionProblem.of(program_of(gaussian()))
     seeds = torch.arange(5)
     cpu = torch.device("cpu")
-    whole = lanes_module.Lanes(seeds, 0, 70, problem, cpu)
-    part = lanes_module.Lanes(seeds, 15, 33, problem, cpu)
+    whole = lanes_module.Lanes(seeds[None], 0, 70, 70, problem, cpu)
+    part = lanes_module.Lanes(seeds[None], 15, 33, 70, problem, cpu)
     for shape in ((3,), (), (2, 2)):
         assert torch.equal(whole.normal(shape)[15:33], part.normal(shape))
-    again = lanes_module.Lanes(seeds, 15, 33, problem, cpu)
+    again = lanes_module.Lanes(seeds[None], 15, 33, 70, problem, cpu)
     again.unpack(part.pack())
     assert torch.equal(again.normal((3,)), part.normal((3,)))

@@ -164,15 +164,24 @@ def test_guidance_that_overflows_is_left_out() -> None:
 def test_a_copy_stands_in_and_the_first_step_is_the_one_noted() -> None:
     nan, inf = float("nan"), float("inf")
     state = {"x": torch.tensor([[1.0], [nan], [2.0]]), "history": torch.tensor([1.0, nan, 3.0])}
-    state, lost = _mark(state, torch.zeros(3, dtype=torch.long), 3, 100.0)
+    owner = torch.zeros(3, dtype=torch.long)
+    state, lost = _mark(state, torch.zeros(3, dtype=torch.long), owner, 3, 100.0)
     assert lost.tolist() == [0, 3, 0]
     assert state["x"][:, 0].tolist() == [1.0, 1.0, 2.0]
     assert state["history"].tolist() == [1.0, 1.0, 3.0]
-    state, lost = _mark({"x": torch.tensor([[-101.0], [inf], [2.0]])}, lost, 5, 100.0)
+    state, lost = _mark({"x": torch.tensor([[-101.0], [inf], [2.0]])}, lost, owner, 5, 100.0)
     assert lost.tolist() == [5, 3, 0]
     assert state["x"][:, 0].tolist() == [2.0, 2.0, 2.0]
-    _, lost = _mark({"x": torch.full((3, 1), nan)}, lost, 6, 100.0)
+    _, lost = _mark({"x": torch.full((3, 1), nan)}, lost, owner, 6, 100.0)
     assert lost.tolist() == [5, 3, 6]
+
+
+def test_a_copy_is_of_the_same_problem_where_there_is_one() -> None:
+    x = torch.tensor([[1.0], [2.0], [float("nan")], [4.0], [float("nan")]])
+    owner = torch.tensor([0, 0, 1, 1, 2])
+    state, lost = _mark({"x": x}, torch.zeros(5, dtype=torch.long), owner, 2, 100.0)
+    assert lost.tolist() == [0, 0, 2, 0, 2]
+    assert state["x"][:, 0].tolist() == [1.0, 2.0, 4.0, 4.0, 1.0]
 
 
 def test_a_covariance_that_is_not_a_number_spoils_its_own_lane_only() -> None:
