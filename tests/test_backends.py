@@ -105,6 +105,12 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     ],
     "DPS": [(inverse.DPS(steps=4), linear)],
     "DiffPIR": [(inverse.DiffPIR(steps=4), linear)],
+    "DistributionTransformer": [
+        (ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=6, batch=8), plain),
+        (ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=6, batch=8, priors=ppl.MixturePriors()), gaussian),
+        (ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=6, batch=8, rows=("y",), correct=False), gaussian),
+        (ppl.NoiseSpace(ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=4, batch=8)), linear),
+    ],
     "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
     "Exact": [(inverse.Exact(), linear)],
     "FPSSMC": [(inverse.FPSSMC(steps=4, particles=12, runs=2), linear)],

@@ -58,6 +58,8 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 # Claims that depend on what an instance is made of; the class alone promises nothing.
 INSTANCES: dict[str, tuple[Any, str]] = {
     "AmortisedDenoiser with weights": (inverse.AmortisedDenoiser(correct=True), "in_the_limit"),
+    "DistributionTransformer": (ppl.DistributionTransformer(), "in_the_limit"),
+    "DistributionTransformer without weights": (ppl.DistributionTransformer(correct=False), "never"),
     "Gibbs of invariant kernels": (ppl.Gibbs({("x",): ppl.SliceKernel()}), "in_the_limit"),
     "NoiseSpace of particles": (ppl.NoiseSpace(ppl.SMC()), "in_the_limit"),
     "NoiseSpace of chains": (ppl.NoiseSpace(ppl.HMC()), "in_the_limit"),

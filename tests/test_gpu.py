@@ -119,11 +119,21 @@ def test_cpu_and_cuda_agree_in_law(name: str) -> None:
         inverse.DPS(steps=4),
         inverse.AmortisedDenoiser(steps=6, batch=8, width=8, depth=1, levels=4, correct=True),
         inverse.ParallelTempering(levels=3, warmup=20),
+        ppl.NoiseSpace(ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=6, batch=8)),
         ppl.NoiseSpace(ppl.HMC(warmup=20, max_steps=8)),
         ppl.NoiseSpace(ppl.SVI(guide=ppl.FullRank(), steps=8)),
         ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)),
     ],
-    ids=["TwistedSMC", "DPS", "AmortisedDenoiser", "ParallelTempering", "HMC", "SVI", "EllipticalSlice"],
+    ids=[
+        "TwistedSMC",
+        "DPS",
+        "AmortisedDenoiser",
+        "ParallelTempering",
+        "DistributionTransformer",
+        "HMC",
+        "SVI",
+        "EllipticalSlice",
+    ],
 )
 def test_contract_on_cuda(backend: Any) -> None:
     """Seeds, shapes, devices, interruption and files, as on the CPU; sums on a GPU may differ in their last digits."""

@@ -44,6 +44,7 @@ def plain() -> ppl.Program:
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
     "DPS": (lambda: inverse.DPS(steps=10), linear),
+    "DistributionTransformer": (lambda: ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=40, batch=4), plain),
     "EllipticalSlice": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
     "Gibbs": (lambda: ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
     "HMC": (lambda: ppl.HMC(warmup=20, max_steps=8), plain),
