@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppl.effective_size import shared_ess
 from ppl.errors import OptionError
 from ppl.storage import dtype_name, encode_json
 
@@ -200,7 +201,7 @@ def to_arviz(posterior: Posterior, format: str, resample: bool, generator: torch
         raise OptionError(f'format must be "inferencedata" or "datatree", got {format!r}')
     attrs: dict[str, Any] = {"inference_library": "pilotlight"}
     if posterior.log_weight is not None:
-        shared = posterior._shared_ess()
+        shared = shared_ess(posterior)
         assert shared is not None
         attrs["resampled"] = int(resample)
         attrs["effective_draws"] = float(shared.min())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppl import weighted
 from ppl.cost import Cost
+from ppl.effective_size import shared_ess
 from ppl.errors import OptionError, ShapeError
 from ppl.posterior import Estimate, Posterior
 
@@ -134,7 +135,7 @@ def _info(runs: Sequence[Posterior], share: Tensor, axis: int) -> dict[str, Tens
         per_chain = all(part.shape[: axis + 1] == run.shape[: axis + 1] for part, run in zip(parts, runs, strict=True))
         alike = len({part.shape[:axis] + part.shape[axis + 1 :] for part in parts}) == 1
         if name == "root_ess":
-            sizes = torch.stack([size for run in runs if (size := run._shared_ess()) is not None], -1)
+            sizes = torch.stack([size for run in runs if (size := shared_ess(run)) is not None], -1)
             weight = share.exp().T if runs[0].log_weight is not None else _chain_share(runs).expand(len(sizes), -1)
             merged = weighted.merged_root_ess(sizes, weight)
             info[name] = merged if runs[0].problems is not None else merged[0]

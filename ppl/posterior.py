@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ppl import weighted
 from ppl.cost import Cost
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import OptionError
+from ppl.posterior_check import axis_labels, check_shapes
 
 if TYPE_CHECKING:
     import pandas
@@ -95,53 +96,11 @@ class Posterior:
             put(name, dict(getattr(self, name)))
         put("info", {name: torch.as_tensor(value) for name, value in self.info.items()})
         put("dims", {site: tuple(str(dim) for dim in dims) for site, dims in self.dims.items()})
-        put("coords", {str(dim): _labels(labels) for dim, labels in self.coords.items()})
+        put("coords", {str(dim): axis_labels(labels) for dim, labels in self.coords.items()})
         if self.log_evidence is not None:
             value, stderr = (torch.as_tensor(part, dtype=torch.float64).detach().cpu() for part in self.log_evidence)
             put("log_evidence", Estimate(value, stderr))
-        self._check()
-
-    def _check(self) -> None:
-        problems = self.problems
-        if problems is not None and (not isinstance(problems, int) or isinstance(problems, bool) or problems < 1):
-            raise ShapeError(f'attrs["problems"] must be a positive integer or absent, got {problems!r}')
-        lead = self._lead
-        axes = "(problem, chain, draw)" if problems is not None else "(chain, draw)"
-        for site, values in self.draws.items():
-            if not isinstance(values, Tensor):
-                raise ShapeError(f"draws of {site!r} must be a tensor, got {type(values).__name__}")
-            if values.ndim < lead or values.shape[:lead] != self.shape:
-                raise ShapeError(
-                    f"draws of {site!r} have shape {tuple(values.shape)}, expected {axes} = {self.shape} in front; "
-                    "one chain is values[None]"
-                )
-            names = self.dims.get(site)
-            if names is not None and len(names) != values.ndim - lead:
-                raise ShapeError(
-                    f"{site!r} has {values.ndim - lead} axes behind {axes} but {len(names)} dims {tuple(names)}; "
-                    "name every plate and event axis"
-                )
-        if problems is not None and self.shape[0] != problems:
-            raise ShapeError(f'attrs["problems"] is {problems} but the leading axis of the draws is {self.shape[0]}')
-        if self.log_weight is not None and self.log_weight.shape != self.shape:
-            raise ShapeError(
-                f"log_weight has shape {tuple(self.log_weight.shape)}, expected {axes} = {self.shape}: one per draw"
-            )
-        if self.log_evidence is not None:
-            expected = () if problems is None else (problems,)
-            for name, part in zip(("value", "stderr"), self.log_evidence, strict=True):
-                if part.shape not in (expected, ()):
-                    raise ShapeError(f"log_evidence {name} has shape {tuple(part.shape)}, expected {expected}")
-        for site, sizes in [*((s, v.shape[lead:]) for s, v in self.draws.items()), *self._observed_sizes()]:
-            for dim, size in zip(self.dims.get(site, ()), sizes, strict=False):
-                if dim in self.coords and len(self.coords[dim]) != size:
-                    raise ShapeError(
-                        f"axis {dim!r} of {site!r} has {size} entries but {len(self.coords[dim])} labels in coords"
-                    )
-
-    def _observed_sizes(self) -> list[tuple[str, torch.Size]]:
-        """Observed sites whose dims can be matched with their axes."""
-        return [(s, v.shape) for s, v in self.observed.items() if len(self.dims.get(s, ())) == v.ndim]
+        check_shapes(self)
 
     # -- shape
 
@@ -258,39 +217,9 @@ class Posterior:
         Root ESS where the engine gave it (info["root_ess"], one number or one per chain), else the Kish ESS of the
         weights, else ArviZ's bulk ESS; of a complex site the smaller of its two parts.
         """
-        from ppl.summary import arviz_statistic
+        from ppl.effective_size import effective_size
 
-        event = self._site(site).shape[self._lead :]
-        shared = self._shared_ess()
-        if shared is not None:
-            result = shared.reshape(-1, *(1,) * len(event)).expand(self.problems or 1, *event).clone()
-        else:
-            values = self._site(site).detach().reshape(-1, *self.shape[-2:], *event)
-            parts = [values.real, values.imag] if values.is_complex() else [values]
-            sizes = [torch.stack([arviz_statistic("ess_bulk", one) for one in part]) for part in parts]
-            result = torch.stack(sizes).amin(0)
-        return result if self.problems is not None else result[0]
-
-    def _shared_ess(self) -> Tensor | None:
-        """(problem or 1,) effective sample size that holds for all sites; None for equally weighted chains."""
-        problems = self.problems or 1
-        weights = self._flat_weights()
-        root = self.info.get("root_ess")
-        if root is None or root.numel() == 0:
-            return None if weights is None else weighted.kish_ess(weights).cpu()
-        root = root.detach().cpu().double()
-        if root.numel() == problems * self.chains and root.ndim == len(self.shape) - 1:
-            if weights is None:
-                share = torch.full((problems, self.chains), 1 / self.chains, dtype=torch.float64)
-            else:
-                share = weights.reshape(problems, self.chains, -1).sum(-1).cpu()
-            return weighted.merged_root_ess(root.reshape(problems, self.chains), share)
-        if root.numel() in (1, problems):
-            return root.reshape(-1).expand(problems)
-        raise ShapeError(
-            f'info["root_ess"] has shape {tuple(root.shape)}; expected one number, or one per chain ({self.chains}), '
-            "for each problem"
-        )
+        return effective_size(self, site)
 
     def sample(self, site: str, n: int, generator: torch.Generator) -> Tensor:
         """Equally weighted draws of one site in random order: (n, *event), or (problem, n, *event).
@@ -303,14 +232,9 @@ class Posterior:
             n: number of draws.
             generator: source of the randomness.
         """
-        if n < 0:
-            raise OptionError(f"the number of draws must be zero or more, got {n}")
-        problems = self.problems or 1
-        index = weighted.systematic(self._flat_weights(), len(self), n, problems, generator)
-        order = [torch.randperm(n, generator=generator, device=generator.device).cpu() for _ in range(problems)]
-        index = torch.stack([row[turn] for row, turn in zip(index, order, strict=True)])
-        result = _take(self._lanes(site), index)
-        return result if self.problems is not None else result[0]
+        from ppl.resampled import sample
+
+        return sample(self, site, n, generator)
 
     def resampled(self, generator: torch.Generator, draws: int | None = None) -> Posterior:
         """The same posterior with equal weights: one chain of systematically resampled draws, marked in attrs.
@@ -322,26 +246,9 @@ class Posterior:
             generator: source of the randomness.
             draws: number of draws; as many as there are when None.
         """
-        problems = self.problems or 1
-        count = len(self) if draws is None else draws
-        index = weighted.systematic(self._flat_weights(), len(self), count, problems, generator)
+        from ppl.resampled import resampled
 
-        def pick(values: Tensor) -> Tensor:
-            lanes = values.detach().reshape(problems, len(self), *values.shape[self._lead :])
-            chosen = _take(lanes, index).unsqueeze(1)
-            return chosen if self.problems is not None else chosen[0]
-
-        info = {name: pick(v) if v.shape[: self._lead] == self.shape else v for name, v in self.info.items()}
-        shared = self._shared_ess()
-        if shared is not None:
-            info["root_ess"] = shared if self.problems is not None else shared[0]
-        return replace(
-            self,
-            draws={site: pick(values) for site, values in self.draws.items()},
-            log_weight=None,
-            info=info,
-            attrs={**self.attrs, "resampled": True},
-        )
+        return resampled(self, generator, len(self) if draws is None else draws)
 
     def discrete(self, program: Program, generator: torch.Generator | None = None, seed: int = 0) -> Posterior:
         """The same draws with those of the discrete sites that the density of `program` sums out beside them.
@@ -488,15 +395,3 @@ class Posterior:
         head, *rest = self._facts()
         items = "".join(f"<li>{escape(fact)}</li>" for fact in rest)
         return f"<div><b>Posterior</b> {escape(head)}<ul>{items}</ul></div>"
-
-
-def _take(lanes: Tensor, index: Tensor) -> Tensor:
-    """lanes (problem, draw, *event) at index (problem, n) -> (problem, n, *event)."""
-    return torch.stack([lane[row.to(lane.device)] for lane, row in zip(lanes, index, strict=True)])
-
-
-def _labels(labels: Sequence[Any]) -> tuple[Any, ...]:
-    """Labels of an axis as plain numbers and texts."""
-    plain = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    plain = [item.item() if hasattr(item, "item") else item for item in plain]
-    return tuple(item if isinstance(item, bool | int | float | str) else str(item) for item in plain)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl import weighted
+from ppl.effective_size import shared_ess
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +58,7 @@ def summary(posterior: Posterior, sites: Sequence[str] | None, limit: int | None
     import pandas
 
     chosen = list(posterior.draws) if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    weights, shared = posterior._flat_weights(), posterior._shared_ess()
+    weights, shared = posterior._flat_weights(), shared_ess(posterior)
     rows: list[list[float]] = []
     index: list[tuple[int, str]] = []
     left_out: dict[str, str] = {}
