@@ -1,9 +1,10 @@
-"""Diffusion priors as Pyro distributions, in the noise coordinate x_sigma = x_0 + sigma n.
+"""Stochastic processes as Pyro distributions: diffusion priors, and paths driven by Brownian and fractional noise.
+
+Diffusions live in the noise coordinate x_sigma = x_0 + sigma n.
 
 `DiffusionPrior` turns any denoiser into a distribution; `GaussianMixture` has the same interface with exact answers.
-Schedules and
-wrappers (`EpsDenoiser`, ...) bring in networks that were trained in other coordinates; solvers are steps of the
-reverse process.
+Schedules and wrappers (`EpsDenoiser`, ...) bring in networks that were trained in other coordinates; solvers are steps
+of the reverse process. `MarkovNoise` makes fractional Brownian motion a Markov process with a known error.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ __all__ = [
     "EDMHeun",
     "EpsDenoiser",
     "Estimate",
+    "FractionalGaussianNoise",
     "GaussianMixture",
+    "HurstEstimate",
     "JointPrior",
     "KrylovCovariance",
     "LowRankCovariance",
+    "MarkovNoise",
     "NetworkCovariance",
     "RectifiedFlow",
     "Schedule",
@@ -44,15 +48,24 @@ __all__ = [
     "VelocityDenoiser",
     "call_denoiser",
     "count_calls",
+    "davies_harte",
     "edm_grid",
+    "fbm_covariance",
+    "fgn_autocovariance",
     "from_diffusers",
+    "hosking",
+    "hurst_mle",
+    "hurst_whittle",
+    "innovations",
     "log_grid",
     "sample",
     "training_levels",
+    "whittle_log_likelihood",
 ]
 
 from sde.block_covariance import BlockCovariance
 from sde.covariance import DenseCovariance, SubspaceCovariance, TweedieCovariance
+from sde.davies_harte import davies_harte
 from sde.denoiser import (
     CallCount,
     Denoiser,
@@ -66,10 +79,14 @@ from sde.denoiser import (
 )
 from sde.diffusers import DiffusersDenoiser, from_diffusers, training_levels
 from sde.diffusion import DiffusionPrior
+from sde.fractional import FractionalGaussianNoise, fbm_covariance, fgn_autocovariance
+from sde.hurst import HurstEstimate, hurst_mle, hurst_whittle, whittle_log_likelihood
+from sde.innovations import hosking, innovations
 from sde.joint import JointPrior
 from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
 from sde.low_rank import LowRankCovariance
+from sde.markov import MarkovNoise
 from sde.mixture import GaussianMixture
 from sde.network_covariance import NetworkCovariance
 from sde.prior import DenoisingPrior
