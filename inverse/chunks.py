@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ppl.errors import OptionError, PilotlightError
 
-__all__ = ["Chunks", "MemoryLimitError"]
+__all__ = ["Chunks", "MemoryLimitError", "Whole", "out_of_memory"]
 
 
 class MemoryLimitError(PilotlightError, MemoryError):
@@ -51,7 +51,7 @@ class Chunks:
             try:
                 part = fn(*pytree.tree_unflatten(piece, spec))
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._shrink(stop - start, error)
                 continue
@@ -74,7 +74,16 @@ class Chunks:
         self.size = math.ceil(tried / 2)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+class Whole(Chunks):
+    """Calls a function on a batch that must not be split; where it does not fit in memory, the caller halves it."""
+
+    def __call__(self, fn: Callable[..., Any], *batch: Any) -> Any:
+        """fn(*batch)."""
+        return fn(*batch)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)

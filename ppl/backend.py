@@ -269,18 +269,20 @@ def stack_problems(
         if monitor is not None:
             monitor.note(f"problem {i} failed, and its draws are not numbers: {error}")
     complete = len(parts) == problems and all(p.complete for p in found) and not failed
-    length = min(p.shape[-1] for p in found)
+    length, chains = min(p.shape[-1] for p in found), min(p.shape[-2] for p in found)
     if monitor is not None and not monitor.interrupted and any(p.shape[-1] > length for p in found):
         least = next(i for i, p in enumerate(parts) if isinstance(p, Posterior) and p.shape[-1] == length)
         monitor.note(f"problem {least} has {length} draws per chain left, and all problems are cut to as many")
+    if monitor is not None and not monitor.interrupted and any(p.shape[-2] > chains for p in found):
+        monitor.note(f"a problem has {chains} chains left, and all are cut to as many")
     blank = _not_numbers(found[0]) if failed else found[0]
     filled = [part if isinstance(part, Posterior) else blank for part in parts]
 
     def stack(values: list[Tensor]) -> Tensor:
         return torch.stack(values)
 
-    cut = [{n: v[:, :length] for n, v in p.draws.items()} for p in filled]
-    weights = [p.log_weight[:, :length] for p in filled if p.log_weight is not None]
+    cut = [{n: v[:chains, :length] for n, v in p.draws.items()} for p in filled]
+    weights = [p.log_weight[:chains, :length] for p in filled if p.log_weight is not None]
     evidence = [p.log_evidence for p in filled if p.log_evidence is not None]
     common = set.intersection(*(set(p.info) for p in filled))
     info = {n: stack([p.info[n] for p in filled]) for n in common if len({p.info[n].shape for p in filled}) == 1}

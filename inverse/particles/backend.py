@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,7 +82,11 @@ class ParticleBackend:
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
-        """Run the engine once or more for every chain."""
+        """Run the engine once or more for every chain, that of many problems in one batch where the class says so."""
+        if program.problems is not None:
+            from inverse.particles.many import run_problems
+
+            return run_problems(self, program, draws=draws, chains=chains, generator=generator, monitor=monitor)
         problem = self.problem(program)
         with torch.no_grad(), problem.running(monitor):
             kernel = self.kernel(problem, monitor.cost)
@@ -102,13 +107,16 @@ class ParticleBackend:
                 monitor.note(
                     f"{type(self).__name__}: stopped before its first pass over the noise levels was complete: no draws"
                 )
-                empty = torch.zeros(1, 0, *problem.shape, dtype=problem.dtype, device=problem.device)
-                return Posterior(draws=problem.results(empty), attrs={"complete": False})
-            x = torch.stack([values for values, _ in found])
-            results = problem.results(x)
+            return self.posterior(problem, found, chains)
+
+    def posterior(self, problem: DiffusionProblem, found: Sequence[tuple[Tensor, Merged]], chains: int) -> Posterior:
+        """What was found in each chain, `chains` of them when complete; without draws where nothing was."""
+        if not found:
+            empty = torch.zeros(1, 0, *problem.shape, dtype=problem.dtype, device=problem.device)
+            return Posterior(draws=problem.results(empty), attrs={"complete": False})
         merged = [m for _, m in found]
         return Posterior(
-            draws=results,
+            draws=problem.results(torch.stack([values for values, _ in found])),
             log_evidence=_evidence(merged),
             info=_info(merged),
             attrs={"complete": len(found) == chains, "independent": "roots"},
@@ -149,18 +157,27 @@ class ParticleBackend:
         merged, reached = merge(one_run, target=min(draws, particles), limit=self.runs, monitor=monitor)
         if merged is None:
             return None
-        if not reached and self.runs > 1:
+        if not reached:
+            self.remark(merged, draws, monitor)
+        return self.finish(kernel, merged, draws, generator), merged
+
+    def remark(self, merged: Merged, draws: int, monitor: Monitor, of: str = "") -> None:
+        """Say that the runs are worth fewer draws than were asked for."""
+        if self.runs > 1:
             monitor.note(
-                f"{type(self).__name__}: after {len(merged.runs)} runs of {particles} particles the draws are worth "
-                f"{float(merged.root_ess):.0f} independent ones (root ESS), asked for {draws}; raise particles, or use "
-                "a better guide"
+                f"{type(self).__name__}: {of}after {len(merged.runs)} runs of {self.particles or draws} particles the "
+                f"draws are worth {float(merged.root_ess):.0f} independent ones (root ESS), asked for {draws}; raise "
+                "particles, or use a better guide"
             )
+
+    def finish(self, kernel: Kernel[Any], merged: Merged, draws: int, generator: torch.Generator) -> Tensor:
+        """(draws, *shape) equally weighted values."""
         parts = [
             kernel.finish(run.population.select(index), generator)
             for run, index in zip(merged.runs, merged.choose(draws, generator), strict=True)
             if len(index)
         ]
-        return torch.cat(parts), merged
+        return torch.cat(parts)
 
 
 def _evidence(merged: list[Merged]) -> Estimate:

@@ -23,6 +23,8 @@ from inverse.chunks import Chunks
 from inverse.guides import MomentMatchingGuide
 from inverse.guides.base import BoundGuide
 from inverse.guides.closure import floored_cholesky
+from inverse.guides.moment_matching import rows_of
+from inverse.many import require_alike, require_even
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from ppl.errors import CapabilityError, OptionError
@@ -90,6 +92,7 @@ class MomentClosure:
     exact_when: ClassVar[tuple[str, ...]] = MomentMatchingGuide.exact_when
     acts_in: ClassVar[str] = "denoiser"
     gradient: ClassVar[bool] = True
+    per_lane: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.random < 1:
@@ -124,9 +127,10 @@ class ClosureKernel:
     def __init__(self, problem: DiffusionProblem, sigmas: Tensor, random: int = 2, chunk: int | None = None) -> None:
         self.problem, self.sigmas, self.random, self.chunks = problem, sigmas, random, Chunks(chunk)
         self.gaussian = problem.likelihood.gaussian
-        m = self.gaussian.size
-        eye = torch.eye(m, dtype=problem.dtype, device=problem.device)
-        self.rows = self.gaussian.operator.adjoint(eye.reshape(m, *self.gaussian.operator.out_shape))  # B^T, (m, *site)
+        if "exact_covariance" not in problem.prior.capabilities:
+            require_alike(problem, "the moment closure of a network")
+        require_even(problem, "the moment closure")
+        self.rows = rows_of(self.gaussian.operator, problem)  # B^T
 
     @property
     def levels(self) -> int:
@@ -149,7 +153,7 @@ class ClosureKernel:
     def at(self, x: Tensor, level: int) -> Closure:
         """The population of particles x at a level: the only denoiser call of a step."""
         covariance = self._covariance(x, level)
-        rows = self.rows.reshape(len(self.rows), 1, *x.shape[1:]).expand(len(self.rows), *x.shape)
+        rows = self.rows.expand(len(self.rows), *x.shape)
         towards = covariance.matvec(rows)
         gram = self._measure(towards).movedim(0, -1)
         gram = (gram + gram.mT) / 2
@@ -193,7 +197,7 @@ class ClosureKernel:
                     f"the closure needs a prior with an exact covariance or one of networks alone, got {prior!r}; use "
                     "another guide, such as inverse.PiGDMGuide()"
                 )
-            c = network.low_rank(self.rows, self.random)
+            c = network.low_rank(self.rows[:, 0], self.random)
             return c.mean, c.values, c.vectors, c.outside
 
         mean, values, vectors, outside = self.chunks(parts, x)

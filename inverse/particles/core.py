@@ -24,7 +24,20 @@ from ppl.errors import NotFiniteError
 from ppl.monitor import Monitor
 from ppl.weighted import systematic_from
 
-__all__ = ["AllDeadError", "Kernel", "Merged", "Moves", "Population", "Run", "merge", "run_particles", "systematic"]
+__all__ = [
+    "AllDeadError",
+    "Gathering",
+    "Kernel",
+    "Merged",
+    "Moves",
+    "Population",
+    "Run",
+    "ancestors",
+    "merge",
+    "run_particles",
+    "systematic",
+    "weigh",
+]
 
 
 class AllDeadError(NotFiniteError):
@@ -138,9 +151,19 @@ class Run:
         """Honest number of independent draws."""
         return root_ess(self.log_weight, self.roots, len(self.log_weight))
 
+    @classmethod
+    def begin(cls, population: Any, particles: int, device: torch.device) -> Run:
+        """Particles of equal weight, each its own root."""
+        none = torch.zeros(particles, dtype=torch.float64, device=device)
+        return cls(population, none, torch.arange(particles, device=device), none.new_zeros(()))
+
     def pack(self) -> dict[str, Tensor]:
         """Tensors from which `unpack` builds the run again."""
-        return {f"p.{n}": t for n, t in self.population.pack().items()} | {
+        return {f"p.{n}": t for n, t in self.population.pack().items()} | self.tally()
+
+    def tally(self) -> dict[str, Tensor]:
+        """All but the population."""
+        return {
             "log_weight": self.log_weight,
             "roots": self.roots,
             "log_z": self.log_z,
@@ -153,8 +176,13 @@ class Run:
     def unpack(cls, kernel: Kernel[Any], saved: Mapping[str, Tensor], level: int) -> Run:
         """The run that `pack` described, at a noise level."""
         own = {n.removeprefix("p."): t for n, t in saved.items() if n.startswith("p.")}
+        return cls.of_tally(saved, kernel.unpack(own, level))
+
+    @classmethod
+    def of_tally(cls, saved: Mapping[str, Tensor], population: Any) -> Run:
+        """The run that `tally` described, with its population."""
         return cls(
-            kernel.unpack(own, level),
+            population,
             saved["log_weight"],
             saved["roots"],
             saved["log_z"],
@@ -213,30 +241,28 @@ def run_particles(
         run = Run.unpack(kernel, saved, start)
     else:
         start = 0
-        roots = torch.arange(particles, device=generator.device)
-        none = torch.zeros(particles, dtype=torch.float64, device=generator.device)
-        run = Run(kernel.start(particles, generator), none, roots, none.new_zeros(()))
-        _weigh(run, kernel.first_weight(run.population), monitor, f"noise level 1 of {kernel.levels}")
+        run = Run.begin(kernel.start(particles, generator), particles, generator.device)
+        weigh(run, kernel.first_weight(run.population), monitor, f"noise level 1 of {kernel.levels}")
     done = start
     for level in monitor.steps(kernel.levels - 1, label, start=start):
         if run.ess[-1] < threshold * particles:
-            _resample(run, generator)
+            run.population = run.population.select(ancestors(run, generator))
             if moves is not None and level > 0:
                 run.population, share = moves(run.population, level, generator)
                 run.accepted.append(share)
         run.population, increment = kernel.move(run.take(), level, generator)
-        _weigh(run, increment, monitor, f"noise level {level + 2} of {kernel.levels}")
+        weigh(run, increment, monitor, f"noise level {level + 2} of {kernel.levels}")
         monitor.report(ess=run.ess[-1])
         done = level + 1
         monitor.checkpoint(done, run.pack)
     if done < kernel.levels - 1:
         return None
     run.ess.pop()
-    _weigh(run, kernel.last_weight(run.population), monitor, "the clean values")
+    weigh(run, kernel.last_weight(run.population), monitor, "the clean values")
     return run
 
 
-def _weigh(run: Run, increment: Tensor, monitor: Monitor, where: str) -> None:
+def weigh(run: Run, increment: Tensor, monitor: Monitor, where: str) -> None:
     """Multiply the weights; the dead stay dead, whatever their increment."""
     dead = run.log_weight == -torch.inf
     log_weight = torch.where(dead, run.log_weight, run.log_weight + increment.double())
@@ -251,15 +277,16 @@ def _weigh(run: Run, increment: Tensor, monitor: Monitor, where: str) -> None:
     run.ess.append(float(kish_ess(log_weight)))
 
 
-def _resample(run: Run, generator: torch.Generator) -> None:
-    """Ancestors in proportion to their weights, which go into the evidence."""
+def ancestors(run: Run, generator: torch.Generator) -> Tensor:
+    """(particle,) ancestors in proportion to their weights, which go into the evidence; the population is to follow."""
     particles = len(run.log_weight)
     u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
     index = systematic(run.log_weight, particles, u)
     run.log_z = run.log_z + torch.logsumexp(run.log_weight, 0) - _log(particles)
-    run.population, run.roots = run.population.select(index), run.roots[index]
+    run.roots = run.roots[index]
     run.log_weight = torch.zeros_like(run.log_weight)
     run.resampled += 1
+    return index
 
 
 @dataclass(frozen=True)
@@ -316,12 +343,64 @@ class Merged:
         return [index[(index >= a) & (index < b)] - a for a, b in pairwise(bounds)]
 
 
+@dataclass
+class Gathering:
+    """Whole runs, gathered until the root ESS of their merge reaches `target`, at most `limit` runs.
+
+    A run that fails is noted, and what other runs found is kept.
+
+    Args:
+        target: root ESS.
+        limit: most runs.
+        monitor: takes the notes.
+        of: whose runs they are, for notes.
+    """
+
+    target: float
+    limit: int
+    monitor: Monitor
+    of: str = ""
+    runs: list[Run] = field(default_factory=list)
+    dead: int = 0
+    tried: int = 0
+    reached: bool = False
+    closed: bool = False
+
+    @property
+    def merged(self) -> Merged | None:
+        """The merge of the finished runs; None when there is none."""
+        return Merged(tuple(self.runs), self.dead) if self.runs else None
+
+    def take(self, outcome: Run | NotFiniteError) -> None:
+        """One more run, or what made it fail.
+
+        Raises:
+            NotFiniteError: no run found anything.
+        """
+        self.tried += 1
+        self.closed = self.tried == self.limit
+        if isinstance(outcome, AllDeadError):
+            self.dead += 1
+            if self.dead == self.limit:
+                raise outcome
+            self.monitor.note(f"{self.of}run {self.tried - 1} has evidence zero: {outcome}")
+        elif isinstance(outcome, NotFiniteError):
+            if not self.runs:
+                raise outcome
+            self.monitor.note(f"{self.of}stopped after {len(self.runs)} runs: {outcome}")
+            self.closed = True
+        else:
+            self.runs.append(outcome)
+            merged = Merged(tuple(self.runs), self.dead)
+            self.monitor.report(root_ess=float(merged.root_ess))
+            self.reached = float(merged.root_ess) >= self.target
+            self.closed = self.closed or self.reached
+
+
 def merge(
     one_run: Callable[[int], Run | None], *, target: float, limit: int, monitor: Monitor
 ) -> tuple[Merged | None, bool]:
-    """Repeat whole runs until the root ESS of the merge reaches `target`, at most `limit` runs.
-
-    A run that fails is noted, and what other runs found is kept.
+    """Repeat whole runs until the root ESS of the merge reaches `target`, at most `limit` runs; see `Gathering`.
 
     Returns:
         The merge of the finished runs (None when there is none), and whether the target was reached.
@@ -329,30 +408,17 @@ def merge(
     Raises:
         NotFiniteError: no run found anything.
     """
-    runs: list[Run] = []
-    dead = 0
-    for r in range(limit):
+    gathering = Gathering(target, limit, monitor)
+    while not gathering.closed:
+        outcome: Run | NotFiniteError | None
         try:
-            run = one_run(r)
-        except AllDeadError as error:
-            dead += 1
-            if dead == limit:
-                raise
-            monitor.note(f"run {r} has evidence zero: {error}")
-            continue
+            outcome = one_run(gathering.tried)
         except NotFiniteError as error:
-            if not runs:
-                raise
-            monitor.note(f"stopped after {len(runs)} runs: {error}")
+            outcome = error
+        if outcome is None:
             break
-        if run is None:
-            break
-        runs.append(run)
-        merged = Merged(tuple(runs), dead)
-        monitor.report(root_ess=float(merged.root_ess))
-        if float(merged.root_ess) >= target:
-            return merged, True
-    return (Merged(tuple(runs), dead) if runs else None), False
+        gathering.take(outcome)
+    return gathering.merged, gathering.reached
 
 
 def _log(n: int) -> Tensor:

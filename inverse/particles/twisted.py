@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from inverse.guides import PiGDMGuide
+from inverse.many import LaneProblem, UnlikeError
 from inverse.particles.backend import ParticleBackend
 from inverse.particles.closure import ClosureKernel, MomentClosure
 from inverse.particles.core import Kernel
@@ -67,6 +68,8 @@ class TwistedSMC(ParticleBackend):
     moves: int = 0
     climb: int = 3
 
+    batches_problems: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.moves < 0:
@@ -100,6 +103,8 @@ def particle_kernel(
     problem: DiffusionProblem, sigmas: Tensor, guide: Any, solver: Solver, chunk: int | None, cost: Cost
 ) -> Kernel[Any]:
     """How particles move: by the full moment closure where the prior has an exact covariance, or led by a guide."""
+    if isinstance(problem, LaneProblem) and guide is not None and not getattr(guide, "per_lane", False):
+        raise UnlikeError(f"{type(guide).__name__} takes one problem at a time")
     if guide is None and "exact_covariance" in problem.prior.capabilities:
         return ClosureKernel(problem, sigmas)
     if isinstance(guide, MomentClosure):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Size, Tensor
 
+from inverse.chunks import out_of_memory
 from inverse.many import ManyProblems, Streams, lanes_at_a_time
 from inverse.problem import DiffusionProblem
 from ppl.errors import NotFiniteError, OptionError
@@ -233,7 +234,7 @@ def _walk(run: _Run, seeds: Tensor, size: int, first: DiffusionProblem) -> tuple
         try:
             group = _run_group(run, shared, len(done), stop, saved)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or stop - len(done) == 1:
+            if not out_of_memory(error) or stop - len(done) == 1:
                 raise
             size = math.ceil((stop - len(done)) / 2)
             monitor.note(f"{stop - len(done)} draws at a time did not fit into memory; went on with chunk={size}")
@@ -359,7 +360,3 @@ def _mark(state: State, lost: Tensor, owner: Tensor, step: int, bound: float) ->
         index = torch.where(lost == 0, torch.arange(len(lost)), kept[alike])
         state = {name: t[index.to(t.device)] for name, t in state.items()}
     return state, lost
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
