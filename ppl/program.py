@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 
 from ppl.arguments import Arguments
 from ppl.check import findings
-from ppl.errors import DataError, OptionError, PilotlightError, ProgramError, ShapeError
+from ppl.errors import DataError, OptionError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
+from ppl.probes import shaken
+from ppl.reading import ModelCall
 from ppl.simulate import predict, simulate
 from ppl.sites import (
     Site,
@@ -31,18 +33,15 @@ from ppl.sites import (
     is_deterministic,
     is_factor,
     read_sites,
-    same_distribution,
     unwrap,
 )
-from ppl.trace import Run, log_prob_of, run_model, seeded, settings
+from ppl.trace import Run, log_prob_of, run_model, settings
 
 if TYPE_CHECKING:
     from ppl.flat import FlatDensity
     from ppl.posterior import Posterior
 
 __all__ = ["Program"]
-
-FIRST_TRIES = 5  # prior draws with which the model may fail before it is refused
 
 Values = Mapping[str, Tensor]
 
@@ -419,17 +418,14 @@ class Program:
                 dtype = torch.promote_types(dtype, other)
             self.dtype = dtype
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        trace = self._first_trace(dict(given or {}))
+        call = ModelCall(self.model, self.arguments, self._overridden, self._replaced, self.device, self.dtype)
+        trace = call.first_trace(dict(given or {}))
         check_observations(trace)
         sites = read_sites(trace)
         if given is not None:
             sites = {n: replace(s, static=self.sites[n].static) for n, s in sites.items()}
         else:
-            again = self._second_sites(trace, sites)
-            sites = {
-                n: replace(s, static=n in again and same_distribution(s.distribution, again[n].distribution))
-                for n, s in sites.items()
-            }
+            sites = call.mark_static(trace, sites)
         self.sites = sites
         self.first_values = {n: trace.nodes[n]["value"].detach() for n, s in sites.items() if not s.observed}
         if not tensors:  # without data a program lives where its priors do
@@ -463,44 +459,6 @@ class Program:
                 self.device = torch.device(base.device)
                 self.dtype = self.dtype if keep_dtype else base.dtype
                 return
-
-    def _first_trace(self, given: Values) -> Any:
-        """Run the model validated; another prior draw is tried where one fails, as those of heavy tails can."""
-        for seed in range(FIRST_TRIES):
-            try:
-                return self._run_once(given, seed, validate=True)
-            except PilotlightError:
-                raise
-            except (ValueError, torch.linalg.LinAlgError) as error:
-                failure = error
-        raise ProgramError(f"the model failed when it was run once: {failure}") from failure
-
-    def _second_sites(self, trace: Any, sites: Mapping[str, Site]) -> dict[str, Site]:
-        """Sites of a run with other latents, to tell which distributions are fixed.
-
-        Costly sites are not drawn again but moved; discrete ones, which could be drawn equal, take their next value.
-        """
-        values = {}
-        for name, site in sites.items():
-            value = trace.nodes[name]["value"]
-            if site.observed:
-                continue
-            if "enumerable" in site.capabilities and site.event_dim == 0:
-                values[name] = _next_value(site.distribution, value)
-            elif site.capabilities - {"enumerable"}:
-                values[name] = 0.7 - 1.3 * value if value.is_floating_point() else value
-        try:
-            other = self._run_once(values, FIRST_TRIES, validate=False)
-        except (ValueError, RuntimeError, IndexError):
-            return {}
-        return read_sites(other)
-
-    def _run_once(self, values: Values, seed: int, validate: bool) -> Any:
-        args, kwargs = self.arguments.call({})
-        run = Run(values=values, data=self._overridden, functions=self._replaced)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        with seeded(generator), torch.no_grad(), settings(self.dtype, validate=validate):
-            return run_model(self.model, args, kwargs, run)[0]
 
     def shared_inputs(
         self, subsample: Mapping[str, Tensor] | None = None, params: Values | None = None
@@ -597,7 +555,7 @@ class Program:
                 quiet,
                 example,
                 shared,
-                probes=[self._probe(example, shared, seed) for seed in (0, 1)],
+                probes=[shaken(self, example, shared, seed) for seed in (0, 1)],
                 batching=self._batching,
                 compile=self.compile,
                 where=lambda: f" (after site {self._visited[0]!r})" if self._visited[0] else "",
@@ -605,33 +563,3 @@ class Program:
             function.keep = keep  # an `extract` that lives as long as its id is a key
             self._functions[key] = function
         return self._functions[key]
-
-    def _probe(self, lane: Values, shared: Values, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Fresh inputs near the given ones: shaken latents and data, other subsample indices."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-
-        def shake(name: str, value: Tensor) -> Tensor:
-            plate = name.removeprefix("index.")
-            if plate != name and plate in self.subsampled:
-                shown, full = self.subsampled[plate]
-                return torch.randperm(full, generator=generator, device=value.device)[:shown]
-            if not value.is_floating_point() or name.removeprefix("data.") in self.discrete:
-                return value
-            noise = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
-            if name == "z":
-                return value + noise - 0.5
-            site = self.sites.get(name.removeprefix("data."))
-            support = getattr(site.support, "base_constraint", site.support) if site is not None else None
-            if isinstance(support, type(torch.distributions.constraints.real)):
-                return value + 0.05 * (noise - 0.5) * (1 + value.abs())
-            # Keeps signs and zeros, and stays in intervals but for their ends.
-            return value * (1 + 0.02 * (noise - 0.5))
-
-        return {n: shake(n, v) for n, v in lane.items()}, {n: shake(n, v) for n, v in shared.items()}
-
-
-def _next_value(fn: Any, value: Tensor) -> Tensor:
-    """The value behind this one in the support of a discrete distribution, entry by entry."""
-    support = fn.enumerate_support(expand=True).to(value.device)
-    place = (support == value).to(torch.int8).argmax(0, keepdim=True)
-    return support.gather(0, (place + 1) % len(support))[0]
