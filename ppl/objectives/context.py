@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ppl.errors import OptionError
 from ppl.objectives.density import Direct, Exact, LogDensity, direct, reciprocal
+from ppl.objectives.downstream import Terms, terms_of
 from ppl.objectives.draw import Address, Draw, Particles, Stochastic
 from ppl.objectives.drawing import draw_site
 from ppl.objectives.estimators import Estimator, Reparam
@@ -67,6 +68,8 @@ class Context:
         self.data: dict[str, Tensor] = {}
         self.relaxed: dict[Address, list[Tensor]] = {}
         self.states = states
+        self.terms: Terms | None = None  # of the objective, where it is a sum of log densities
+        self.weight: Tensor | None = None  # probabilities of the enumerated states
 
     # Axes ------------------------------------------------------------------------------------------------------------
 
@@ -132,10 +135,11 @@ class Context:
                 self.sites[call, name] = (node, tuple(self.axes))
         return Draw(
             values={n: node.value for n, node in own.items()},
-            density=Exact(log),
+            density=Exact(log, self._terms(call, own, own)),
             auxiliary=frozenset(n for n, node in own.items() if node.auxiliary),
             nodes=own,
             lanes=len(self.lead),
+            call=call,
         )
 
     def density(self, program: Any, values: Draw | Mapping[str, Tensor], *, frozen: bool = False) -> Direct:
@@ -157,7 +161,8 @@ class Context:
         given = self._padded(draw)
         nodes = self._run(program, call, given, draw=False, detach=False, simulate=False, frozen=frozen)
         self.scored.extend((n, node.raw) for n, node in nodes.items())
-        return Exact(self._total(nodes))
+        whole = all(n in draw.nodes and v is draw.nodes[n].value for n, v in draw.values.items())
+        return Exact(self._total(nodes), self._terms(draw.call, draw.nodes, nodes) if whole else None)
 
     def latents(self, program: Any) -> tuple[str, ...]:
         """Names of a program's latent sites."""
@@ -298,6 +303,14 @@ class Context:
             engine.programs.check_observing(source, setting, self.lead, nodes)
         self.frames.extend(node.frames for node in nodes.values())
         return nodes
+
+    def _terms(self, call: int, drawn: Mapping[str, Node], nodes: Mapping[str, Node]) -> Terms | None:
+        """What a density is a sum of; unknown among particles, and where lanes may visit different sites."""
+        plan = self.engine.plan
+        wanted = plan.complete and plan.scored and torch.is_grad_enabled()
+        if not call or self.axes or self.engine.loop or not wanted:
+            return None
+        return terms_of(plan, call, drawn, nodes)
 
     def _total(self, nodes: Mapping[str, Node]) -> Tensor:
         """Scaled log densities summed to (*particles, samples, *data)."""

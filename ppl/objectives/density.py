@@ -9,11 +9,12 @@ and with no other pair.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ppl.errors import ContractError
+from ppl.objectives.downstream import Terms
 
 __all__ = ["Direct", "Exact", "LogDensity", "Reciprocal"]
 
@@ -24,9 +25,11 @@ class LogDensity:
 
     Args:
         log: (*particles, samples, *data) the estimate as a tensor, without its contract.
+        terms: site by site, where it is that of a draw of one program.
     """
 
     log: Tensor
+    terms: Terms | None = field(default=None, repr=False)
 
 
 class Direct(LogDensity):
@@ -53,7 +56,10 @@ class Direct(LogDensity):
                 "a weight needs the reciprocal of its denominator, without bias: take the density that came with the "
                 f"draw (ctx.sim(guide).density), not one from ctx.density, got {type(other).__name__}"
             )
-        return self.log - other.log
+        weight = self.log - other.log
+        if self.terms is not None:  # the engine asks a cost for its terms; all that is computed from it has none
+            weight.terms = self.terms.minus(other.terms)  # type: ignore[attr-defined]
+        return weight
 
 
 class Reciprocal(LogDensity):

@@ -62,6 +62,7 @@ class Draw:
         auxiliary: sites that are none of the model's.
         nodes: what is known of each site.
         lanes: lane axes.
+        call: number of the run that drew it; zero where it is of no single run.
     """
 
     values: dict[str, Tensor]
@@ -69,6 +70,7 @@ class Draw:
     auxiliary: frozenset[str] = frozenset()
     nodes: dict[str, Node] = field(default_factory=dict, repr=False)
     lanes: int = 0
+    call: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.values[name]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppl.errors import NotFiniteError, OptionError, ProgramError, ShapeError
 from ppl.objectives.context import Context
+from ppl.objectives.downstream import downstream
 from ppl.objectives.draw import Address
 from ppl.objectives.estimators import Estimator, MeasureValued, Policy, Rebar, Reinforce
 from ppl.objectives.measured_term import measured_term
@@ -202,16 +203,18 @@ class Engine:
             ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra}, arms)
             value = self._value(ctx)
             weight = self._weight(ctx)
+            ctx.weight = weight
             return (value if weight is None else weight * value), ctx
 
         whole, ctx = cost({})
         total = whole
         for address, (node, axes) in ctx.sites.items():
             if isinstance(node.estimator, Reinforce):
-                total = total + score_term(plan, self.averages, address, node, axes, whole, samples)
+                part = self._downstream(ctx, address, whole)
+                total = total + score_term(plan, self.averages, address, node, axes, part, samples)
             elif isinstance(node.estimator, Rebar):
                 soft, given = (node.estimator.scale * cost({address: x})[0] for x in ctx.relaxed[address])
-                score = score_term(plan, self.averages, address, node, axes, whole - given, samples)
+                score = score_term(plan, self.averages, address, node, axes, plan.spread(whole - given, 1), samples)
                 total = total + score + soft - given - (soft - given).detach()
             elif isinstance(node.estimator, MeasureValued) and node.arms:
                 total = total + measured_term(plan, address, node, whole, lambda extra: cost(extra)[0])
@@ -240,6 +243,7 @@ class Engine:
 
     def _value(self, ctx: Context) -> Tensor:
         value = self.objective(ctx, self.model, self.guide)
+        ctx.terms = getattr(value, "terms", None)
         shape = (ctx.samples, *self.plan.sizes)
         if not isinstance(value, Tensor):
             raise ShapeError(f"an objective returns a tensor (samples, *data), got {type(value).__name__}")
@@ -257,6 +261,14 @@ class Engine:
                 f"{sorted(self.plan.names)}"
             )
         return value.expand(shape)
+
+    def _downstream(self, ctx: Context, address: Address, whole: Tensor) -> Tensor:
+        """(samples, *plates) the part of the cost that a draw can change; all of it where the objective is no sum."""
+        part = None if ctx.terms is None else downstream(self.plan, ctx.terms, address)
+        if part is None:
+            return self.plan.spread(whole, 1)
+        part = part.expand(whole.shape[:1] + part.shape[1:])
+        return part if ctx.weight is None else self.plan.spread(ctx.weight, 1) * part
 
     def _weight(self, ctx: Context) -> Tensor | None:
         """(samples, *data) probability of the joint state of each sample's enumerated sites; `None` without any."""

@@ -68,6 +68,11 @@ class Plan:
         return self.programs.plates
 
     @property
+    def scored(self) -> bool:
+        """Whether a site takes the score."""
+        return any(isinstance(e, Reinforce) for e in self.estimators.values())
+
+    @property
     def joint(self) -> int:
         """Joint states of all enumerated sites of a datum."""
         return math.prod(len(self.states[a]) ** math.prod(self.shapes[a]) for a in self.states)

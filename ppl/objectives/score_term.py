@@ -6,7 +6,8 @@ along the way.
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from ppl.objectives.draw import Address, Particles
@@ -23,7 +24,7 @@ def score_term(
     address: Address,
     node: Node,
     axes: tuple[Particles, ...],
-    whole: Tensor,
+    cost: Tensor,
     samples: int,
 ) -> Tensor:
     """(samples, *data) score term of a site.
@@ -34,36 +35,33 @@ def score_term(
         address: of the site.
         node: its draw.
         axes: particle axes around it.
-        whole: (samples, *data) the cost.
+        cost: (samples, *plates) what the draw can change, with axes of size one where it is shared.
         samples: samples of each joint state of the enumerated sites.
     """
     estimator = node.estimator if isinstance(node.estimator, Reinforce) else Reinforce("none")
-    fixed = whole.detach()
+    cost = cost.detach()
     lanes = len(axes) + 1
-    place = plan.spread(fixed.reshape(*(1,) * len(axes), *fixed.shape), lanes)
+    data = (samples * plan.joint, *plan.sizes)
     control: Tensor | None = next((axis.control for axis in reversed(axes) if axis.control is not None), None)
     fit: Tensor | float = 0.0
+    base: Tensor | float = 0.0
     if control is not None:
-        missing = len(axes) + fixed.ndim - control.ndim
+        missing = lanes + len(plan.dims) - control.ndim
         base = plan.spread(control.reshape(*(1,) * missing, *control.shape), lanes) / plan.joint
     elif node.baseline is not None:
         learned = node.baseline / plan.joint
         base = learned.detach()
         # With value zero: only its gradient, that of the squared error, is wanted.
-        error = -(place - learned).square().expand_as(node.raw)
+        error = -(cost - learned).square().expand_as(node.raw)
         error = plan.collect(error, lanes)
-        fit = (error - error.detach()).reshape(-1, *fixed.shape).sum(0) * (0.5 / (node.raw.numel() / fixed.numel()))
-    elif estimator.baseline == "none":
-        base = torch.zeros(())
+        fit = (error - error.detach()).reshape(-1, *data).sum(0) * (0.5 * math.prod(data) / node.raw.numel())
     elif estimator.baseline == "leave_one_out" and samples > 1:
-        rows = fixed.reshape(plan.joint, samples, *fixed.shape[1:])
-        others = ((rows.sum(1, keepdim=True) - rows) / (samples - 1)).reshape(fixed.shape)
-        base = plan.spread(others.reshape(*(1,) * len(axes), *others.shape), lanes)
-    else:
-        now = fixed.mean()
+        rows = cost.reshape(plan.joint, samples, *cost.shape[1:])
+        base = ((rows.sum(1, keepdim=True) - rows) / (samples - 1)).reshape(cost.shape)
+    elif estimator.baseline != "none":
+        now = cost.mean()
         past = averages.get(address)
-        base = torch.zeros(()) if past is None else past
+        base = 0.0 if past is None else past
         averages[address] = now if past is None else estimator.decay * past + (1 - estimator.decay) * now
-    score = (place - base) * (node.raw - node.raw.detach())
-    score = plan.collect(score, lanes)
-    return score.reshape(-1, *fixed.shape).sum(0) + fit
+    score = plan.collect((cost - base) * (node.raw - node.raw.detach()), lanes)
+    return score.reshape(-1, *data).sum(0) + fit
