@@ -13,6 +13,7 @@ __all__ = [
     "DDIM",
     "Ancestral",
     "BlockCovariance",
+    "BrownianMotion",
     "CallCount",
     "Cosine",
     "CovarianceCorrected",
@@ -64,6 +65,7 @@ __all__ = [
 ]
 
 from sde.block_covariance import BlockCovariance
+from sde.brownian import BrownianMotion
 from sde.covariance import DenseCovariance, SubspaceCovariance, TweedieCovariance
 from sde.davies_harte import davies_harte
 from sde.denoiser import (
