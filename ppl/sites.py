@@ -12,7 +12,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from ppl.errors import DataError, ProgramError, ShapeError
 
@@ -98,6 +98,12 @@ class Layout:
             leaves[name] = Leaf(name, start, stop, torch.Size(shape), noise=name in lifted)
             start = stop
         return cls(leaves, start)
+
+
+@biject_to.register(constraints.MixtureSameFamilyConstraint)
+def _of_components(support: Any) -> Any:
+    """A mixture lies where its components do; torch knows no transform for it."""
+    return biject_to(support.base_constraint)
 
 
 def unwrap(fn: Any) -> Any:
@@ -239,6 +245,14 @@ def same_distribution(a: Any, b: Any) -> bool:
             return True
         if isinstance(u, Tensor) and isinstance(v, Tensor):
             return u.shape == v.shape and torch.equal(u, v)
+        if type(u) is not type(v):
+            return False
+        if isinstance(u, torch.distributions.Distribution):  # what a mixture or a transformed law is made of
+            return same_distribution(u, v)
+        if isinstance(u, list):
+            return len(u) == len(v) and all(equal(*pair) for pair in zip(u, v, strict=True))
+        if isinstance(u, torch.distributions.Transform):
+            return bool(u == v)
         return isinstance(u, str | int | float | tuple | frozenset | None | torch.dtype | torch.device) and u == v
 
     return all(equal(ours[k], theirs[k]) for k in ours)

@@ -18,6 +18,7 @@ from ppl.amortised.mixture_pairs import Columns
 
 __all__ = ["TransformerNetwork", "Whitened"]
 
+LARGEST = 1e30
 LARGEST_LOG = 8.0  # of a diagonal entry of a whitening
 LEAST_LOG_WEIGHT = -12.0
 
@@ -116,7 +117,8 @@ class TransformerNetwork(nn.Module):
         Returns:
             the prior, cut off from nothing, and the posterior.
         """
-        y = y.asinh()  # numbers of heavy tails would blow up a network trained on few of them
+        # Numbers of heavy tails would blow up the network, and the largest are infinite in float32.
+        y = y.clamp(-LARGEST, LARGEST).asinh()
         if prior is None or features is None:
             own = y[:, self.columns.prior] if self.columns.prior else y.new_zeros(len(y), 1)
             tokens = self.spread_out(self.prior_in(own)).reshape(len(y), self.components, -1)
