@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ppl.program import Program
+    from ppl.lane_densities import LaneDensities
 
 __all__ = ["shaken"]
 
 Inputs = Mapping[str, Tensor]
 
 
-def shaken(program: Program, lane: Inputs, shared: Inputs, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def shaken(
+    program: LaneDensities, lane: Inputs, shared: Inputs, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fresh inputs near the given ones: shaken latents and data, other subsample indices."""
     generator = torch.Generator(program.device).manual_seed(seed)
 
