@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 from torch import Size, Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sde.denoiser import call_denoiser
 from sde.log_density import Estimate, flow_log_prob, rademacher
 from sde.network_covariance import NetworkCovariance
-from sde.prior import DenoisingPrior
+from sde.prior import DenoisingPrior, can_look
 from sde.schedule import log_grid
 from sde.solvers import DPMSolver2MSDE, sample
 from sde.solvers.transition import Solver
@@ -42,6 +43,10 @@ class DiffusionPrior(DenoisingPrior):
         noise_solver: that sampler; None takes `DPMSolver2M()`.
         grid: (sigma_max, sigma_min, steps) -> noise levels.
         data_std: standard deviation of the data along their widest direction; None takes sigma_max / 5.
+        compile: run the denoiser through `torch.compile` where nobody differentiates: about a seventh faster for the
+            shipped 28x28 network on a CPU, for a minute of compilation at the first call with each number of rows, by
+            a C++ compiler that must be there. Calls that are differentiated, where it gained nothing, run as they are.
+            Results differ by rounding.
         chunk: most rows per network call; None is no limit. It changes memory and nothing else.
         checkpointing: store only the inputs of network calls in `from_noise`, and compute the rest again in the
             backward pass.
@@ -77,6 +82,7 @@ class DiffusionPrior(DenoisingPrior):
         noise_solver: Solver | None = None,
         grid: Callable[[float, float, int], Tensor] = log_grid,
         data_std: float | None = None,
+        compile: bool = False,
         chunk: int | None = None,
         checkpointing: bool = False,
         log_prob_steps: int = 50,
@@ -101,6 +107,7 @@ class DiffusionPrior(DenoisingPrior):
         self._dtype = dtype or found_dtype
         self._device = torch.device(device) if device is not None else found_device
         self.denoiser, self.data_range = denoiser, (float(low), float(high))
+        self._compiled = torch.compile(denoiser, dynamic=False) if compile else None
         self.solver = DPMSolver2MSDE() if solver is None else solver
         self.chunk, self.checkpointing = chunk, checkpointing
         self.log_prob_steps, self.probes, self.probe_seed = log_prob_steps, probes, probe_seed
@@ -137,6 +144,8 @@ class DiffusionPrior(DenoisingPrior):
             self.denoiser.to(device=device, dtype=dtype)
         elif hasattr(_owner(self.denoiser), "denoise"):
             new.denoiser = _owner(self.denoiser).to(device, dtype).denoise
+            if self._compiled is not None:
+                new._compiled = torch.compile(new.denoiser, dynamic=False)
         new._device = self._device if device is None else torch.device(device)
         new._dtype = self._dtype if dtype is None else dtype
         if self.label is not None:
@@ -161,6 +170,9 @@ class DiffusionPrior(DenoisingPrior):
         """The only place that calls the network; x: (rows, *event), sigma: 0-d or (rows,)."""
         wants_grad = torch.is_grad_enabled() and (_tracked(x) or sigma.requires_grad)
         size = max(1, len(x)) if self.chunk is None else self.chunk
+        # Compiled code is for values: not for symbols of a trace, tangents or transforms, nor for an empty batch.
+        plain = wants_grad or not can_look(x, sigma) or forward_ad._current_level >= 0 or not len(x)
+        denoiser = self.denoiser if plain or self._compiled is None else self._compiled
         parts = []
         with torch.set_grad_enabled(wants_grad):
             for at in range(0, max(1, len(x)), size):
@@ -169,7 +181,7 @@ class DiffusionPrior(DenoisingPrior):
                 for count in self.counters:
                     count.calls += 1
                     count.evals += len(rows)
-                denoised = call_denoiser(self.denoiser, rows, level, None if label is None else label[at : at + size])
+                denoised = call_denoiser(denoiser, rows, level, None if label is None else label[at : at + size])
                 if denoised.shape != rows.shape:
                     raise ValueError(
                         f"the denoiser returned shape {tuple(denoised.shape)} for x of shape {tuple(rows.shape)}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,36 @@ def test_checkpointing_changes_memory_only(network: EDMDenoiser) -> None:
             gradients.append(torch.autograd.grad(prior.from_noise(z).square().sum(), z)[0])
         assert count.calls == (10 if checkpointing else 5)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_code_runs_where_nobody_differentiates(network: EDMDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the compiler: gradients, transforms, tangents and empty batches go to the denoiser itself."""
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: lambda *args, **kwargs: fn(*args, **kwargs) + 100)
+    prior = DiffusionPrior(network, (2, 2), compile=True)
+    x = points(3, 4).reshape(3, 2, 2)
+    plain = DiffusionPrior(network, (2, 2)).denoise(x, 0.5)
+    torch.testing.assert_close(prior.denoise(x, 0.5), plain + 100)
+    torch.testing.assert_close(
+        prior(label=1).denoise(x, 0.5), DiffusionPrior(network, (2, 2), label=1).denoise(x, 0.5) + 100
+    )
+    with torch.enable_grad():
+        torch.testing.assert_close(prior.denoise(x.clone().requires_grad_(), 0.5).detach(), plain)
+    torch.testing.assert_close(torch.func.vmap(lambda v: prior.denoise(v[None], 0.5)[0])(x), plain)
+    torch.testing.assert_close(torch.func.jvp(lambda v: prior.denoise(v, 0.5), (x,), (x,))[0], plain)
+    torch.testing.assert_close(prior.covariance(x, 0.5).mean, plain)
+    assert prior.denoise(x[:0], 0.5).shape == (0, 2, 2)
+    assert float(prior.to(dtype=torch.float32).denoise(x.float(), 0.5).min()) > 50
+    assert float(wrap(MIXTURE, compile=True).to(dtype=F64).denoise(points(), 0.5).min()) > 50
+
+
+@pytest.mark.slow
+def test_compiled_code_gives_the_same(network: EDMDenoiser) -> None:
+    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler here")
+    x = points(3, 4).reshape(3, 2, 2)
+    compiled = DiffusionPrior(network, (2, 2), compile=True).denoise(x, 0.5)
+    torch.testing.assert_close(compiled, DiffusionPrior(network, (2, 2)).denoise(x, 0.5), rtol=1e-12, atol=1e-12)
 
 
 def test_chunks_change_nothing(network: EDMDenoiser) -> None:
