@@ -27,6 +27,7 @@ __all__ = [
     "Rangefinder",
     "TrackPriors",
     "WrappedNormal",
+    "corrected",
     "kalman_update",
     "particle_filter",
     "range_bearing",
@@ -96,6 +97,31 @@ def kalman_update(matrix: Tensor, covariance: Tensor) -> Callable[[Mixture, Tens
     return lambda prior, y: prior.conditioned(matrix, y, covariance)[0]
 
 
+def corrected(
+    update: Callable[[Mixture, Tensor], Mixture],
+    log_likelihood: Callable[[Tensor, Tensor], Tensor],
+    draws: int,
+    generator: torch.Generator,
+) -> Callable[[Mixture, Tensor], Mixture]:
+    """An update whose posterior is fitted again to its own draws, weighted by prior times likelihood.
+
+    Args:
+        update: the update to be corrected.
+        log_likelihood: (x (draws, rows, dim), data (rows, m)) to (draws, rows).
+        draws: for each measurement.
+        generator: source of the draws.
+    """
+
+    def step(prior: Mixture, y: Tensor) -> Mixture:
+        q = update(prior, y)
+        proposal = q.defended(prior)
+        z = proposal.draw((draws,), generator)
+        log_weight = prior.log_prob(z) + log_likelihood(z, y) - proposal.log_prob(z)
+        return q.refined(z, log_weight.softmax(0))
+
+    return step
+
+
 def particle_filter(
     log_likelihood: Callable[[Tensor, Tensor], Tensor],
     motion: Motion,
@@ -160,7 +186,7 @@ class Rangefinder(dist.TorchDistribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch_shape) ranges."""
-        loc = self.range_.expand(*sample_shape, *self.batch_shape)
+        loc = self.range_.expand((*sample_shape, *self.batch_shape))
         one = torch.ones_like(loc)
         kind = dist.Uniform(0 * one, one).sample()
         good = dist.Normal(loc, RANGE_SD * (loc + 1)).sample()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ppl.program import Program
 
-__all__ = ["grid_posterior", "success_probability", "two_level_system"]
+__all__ = ["grid_posterior", "log_joint", "success_probability", "two_level_system"]
 
 # Mean of the prepared state and time of each measurement: Whittle et al. (2025), code [read].
 STATES = ((1.0, 0.0),) * 5 + ((0.0, 1.0),) * 2 + ((1.0, 1.0),) * 3
@@ -77,6 +77,15 @@ def two_level_system() -> Program:
     return Program(two_levels, one, one, torch.zeros(10, dtype=torch.float64), compile="never")
 
 
+def log_joint(u: Tensor, a: Tensor, b: Tensor, z: Tensor) -> Tensor:
+    """log p(u, z | a, b) of u = logit(delta): u (*lead, batch), a and b (batch,), z (batch, 10) -> (*lead, batch)."""
+    log_one, log_zero = torch.nn.functional.logsigmoid(u), torch.nn.functional.logsigmoid(-u)
+    norm = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
+    chance = success_probability(u.sigmoid())
+    likelihood = (z * chance.log() + (1 - z) * (-chance).log1p()).sum(-1)
+    return a * log_one + b * log_zero + norm + likelihood
+
+
 def grid_posterior(a: Tensor, b: Tensor, z: Tensor, points: int = 4001) -> tuple[Tensor, Tensor, Tensor]:
     """The exact posterior of u = logit(delta) on a grid.
 
@@ -96,11 +105,6 @@ def grid_posterior(a: Tensor, b: Tensor, z: Tensor, points: int = 4001) -> tuple
         1.0
     """
     grid = torch.linspace(-40.0, 40.0, points, dtype=torch.float64)
-    log_one, log_zero = torch.nn.functional.logsigmoid(grid), torch.nn.functional.logsigmoid(-grid)
-    norm = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
-    prior = a[:, None] * log_one + b[:, None] * log_zero + norm[:, None]
-    chance = success_probability(grid.sigmoid())
-    likelihood = z @ chance.log().T + (1 - z) @ (-chance).log1p().T
-    joint = prior + likelihood
+    joint = log_joint(grid[:, None].expand(points, len(a)), a, b, z).T
     evidence = joint.logsumexp(1) + math.log(float(grid[1] - grid[0]))
     return grid, joint - evidence[:, None], evidence

@@ -19,6 +19,8 @@ from ppl.sites import unwrap
 __all__ = ["Mixture"]
 
 SUM_ERROR = 1e-4  # largest distance of the sum of the weights from one
+DEFENCE = (0.9, 0.05, 0.05)  # shares of a posterior, of its widened form and of the prior in weighted draws
+WIDER = 2.0
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -48,13 +50,16 @@ class Mixture:
 
     def __post_init__(self) -> None:
         w, m, s = self.weights, self.means, self.scale_tril
-        if w.ndim < 1 or m.ndim < 2 or m.shape[:-1] != w.shape or s.shape != (*m.shape, m.shape[-1]) or not w.numel():
+        fit = w.ndim > 0 and m.ndim > 1 and m.shape[:-1] == w.shape and s.shape == (*m.shape, m.shape[-1])
+        if not fit or 0 in m.shape[-2:]:
             raise ShapeError(
                 f"expected weights (*batch, k), means (*batch, k, n) and scale_tril (*batch, k, n, n), got "
                 f"{tuple(w.shape)}, {tuple(m.shape)} and {tuple(s.shape)}"
             )
         if not all(bool(v.isfinite().all()) for v in (w, m, s)):
             raise OptionError("weights, means and scales of a mixture must be finite; look for NaN")
+        if not w.numel():  # a batch of none
+            return
         off = float((w.sum(-1) - 1).abs().max())
         if off > SUM_ERROR or bool((w < 0).any()):
             raise OptionError(
@@ -248,6 +253,15 @@ class Mixture:
             torch.cat([m.means for m in mixtures], -2),
             torch.cat([m.scale_tril for m in mixtures], -3),
         )
+
+    def defended(self, prior: Mixture) -> Mixture:
+        """Nine parts of this posterior, half a part of its widened form, half a part of the prior: to draw from.
+
+        Weights of its draws stay bounded where the likelihood is, however thin the tails of the posterior.
+
+        Source: defensive mixtures, Hesterberg (1995) [inferred].
+        """
+        return Mixture.joined(DEFENCE, (self, self.widened(WIDER), prior))
 
     def refined(self, z: Tensor, weights: Tensor) -> Mixture:
         """One step of weighted EM: the mixture that fits weighted draws best, from this one's responsibilities.

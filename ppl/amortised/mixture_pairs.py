@@ -182,7 +182,10 @@ class MixturePairs(Pairs):
             alone = value.ndim == len(program.sites[name].shape)
             parts.append(value.to(program.dtype).expand(many, *value.shape) if alone else value.to(program.dtype))
         y = torch.cat([v.reshape(many, -1) for v in parts], 1)
-        y = torch.where(self.mask, y, torch.zeros_like(y))
+        return self.shown(torch.where(self.mask, y, torch.zeros_like(y)), prior)
+
+    def shown(self, y: Tensor, prior: Mixture | None) -> Tensor:
+        """Data (rows, n) and their priors as the network sees them."""
         return self._shown(y if prior is None else torch.cat([prior.packed().to(y), y], 1))
 
     def measure(self, z: Tensor, y: Tensor) -> Scales:

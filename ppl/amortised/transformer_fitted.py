@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FittedTransformer"]
 
-DEFENCE = (0.9, 0.05, 0.05)  # shares of the posterior, of its widened form and of the prior in weighted draws
-WIDER = 2.0
 ROWS_AT_ONCE = 4096
 FORM = ("components", "width", "heads", "depth", "feedforward", "prior_sites", "rows")
 
@@ -94,6 +92,30 @@ class FittedTransformer(Fitted):
         _, posterior = fitted._predict(program, Monitor())
         return posterior if program.problems is not None else posterior[0]
 
+    def mixtures(self, prior: Mixture | None = None, **data: Tensor) -> Mixture:
+        """As `mixture`, for rows of data of every observed site, with nothing read from a program: for recursions.
+
+        Args:
+            prior: a batch (rows,), or one for all.
+            **data: each observed site as (rows, *shape).
+
+        Raises:
+            ShapeError: sites are missing, or their rows do not agree.
+        """
+        assert self.pairs is not None
+        program = self.program
+        shapes = {n: (len(data[n]), *s.shape) for n, s in program.observed.items() if n in data}
+        if set(data) != set(program.observed) or any(data[n].shape != s for n, s in shapes.items()):
+            expected = {n: ("rows", *s.shape) for n, s in program.observed.items()}
+            raise ShapeError(f"expected data {expected}, got { {n: tuple(v.shape) for n, v in data.items()} }")
+        if len({s[0] for s in shapes.values()}) != 1:
+            raise ShapeError(f"the rows of {shapes} do not agree")
+        rows = next(iter(shapes.values()))[0]
+        given = prior if prior is not None else self.prior
+        priors = replace(self, prior=given)._priors(program, rows)
+        y = torch.cat([data[n].to(program.dtype).reshape(rows, -1) for n in program.observed], 1)
+        return self._pass(self.pairs.shown(torch.where(self.mask, y, torch.zeros_like(y)), priors))[1]
+
     def posterior(  # type: ignore[override]  # one keyword more
         self, draws: int = 1000, chains: int = 1, *args: Any, prior: Mixture | None = None, **options: Any
     ) -> Posterior:
@@ -115,7 +137,7 @@ class FittedTransformer(Fitted):
         """Unconstrained draws (problems, draws, dim), and where a correction is wanted their log density."""
         prior, q = self._predict(program, monitor)
         if self.options.correct:
-            q = Mixture.joined(DEFENCE, (q, q.widened(WIDER), prior))
+            q = q.defended(prior)
         z = q.draw((draws,), generator)
         monitor.check_finite("draws of the transformer", z, "the posterior mixture")
         return z.transpose(0, 1), q.log_prob(z).T if self.options.correct else None
@@ -124,7 +146,7 @@ class FittedTransformer(Fitted):
         """Prior times likelihood, where the prior is not the program's."""
         if self.prior is None:
             return None
-        priors = self._priors(program)
+        priors = self._priors(program, program.problems or 1)
         assert priors is not None
 
         def density(i: int) -> Callable[[FlatDensity, Tensor], Tensor]:
@@ -142,13 +164,17 @@ class FittedTransformer(Fitted):
         differ = program._lane_args & set(self.given[0])
         self.check(singles_of(program) if differ else [program.problem(0) if program.problems else program])
         assert self.pairs is not None
-        y = self.pairs.vectors(program, self._priors(program))
+        y = self.pairs.vectors(program, self._priors(program, program.problems or 1))
         self._warn(y, monitor)
+        monitor.cost.add(density_evals=len(y))
+        return self._pass(y)
+
+    def _pass(self, y: Tensor) -> tuple[Mixture, Mixture]:
+        """Prior and posterior of rows as they are simulated."""
         # Rounding of the network in float32 would be seen in a recursion over many steps.
         network = copy.deepcopy(self.network).to(y.dtype)
         with torch.no_grad():
             parts = [predict(network, self.scales, part) for part in y.split(ROWS_AT_ONCE)]
-        monitor.cost.add(density_evals=len(y))
         found = []
         for which in (0, 1):
             whole = [p[which] for p in parts]
@@ -160,7 +186,7 @@ class FittedTransformer(Fitted):
             found.append(joined.affine(self.scales.z_sd, self.scales.z_mean))
         return found[0], found[1]
 
-    def _priors(self, program: Program) -> Mixture | None:
+    def _priors(self, program: Program, count: int) -> Mixture | None:
         """The prior of each problem with as many components as the network, a batch; None where there is one only."""
         components, dim = self.options.components, len(self.scales.z_mean)
         law = None if self.pairs is None else self.pairs.law
@@ -173,7 +199,8 @@ class FittedTransformer(Fitted):
             return None
         given = self.prior
         if given is None:
-            own = [prior_of(one).split(components) for one in singles_of(program)]
+            singles = singles_of(program)
+            own = [prior_of(one).split(components) for one in (singles if len(singles) == count else singles * count)]
             return Mixture(
                 *(torch.stack(v) for v in zip(*((m.weights, m.means, m.scale_tril) for m in own), strict=True))
             )
@@ -183,7 +210,6 @@ class FittedTransformer(Fitted):
                 f"coordinates: {list(self.pairs.latent_shapes) if self.pairs else ''}"
             )
         given = given.to(dtype=self.scales.z_mean.dtype, device=self.scales.z_mean.device).split(components)
-        count = program.problems or 1
         if not given.batch_shape:
             return Mixture(*(v.expand(count, *v.shape) for v in (given.weights, given.means, given.scale_tril)))
         if given.batch_shape != (count,):
