@@ -14,6 +14,7 @@ __all__ = [
     "Ancestral",
     "BlockCovariance",
     "BrownianMotion",
+    "BrownianNoise",
     "CallCount",
     "Cosine",
     "CovarianceCorrected",
@@ -36,6 +37,8 @@ __all__ = [
     "LowRankCovariance",
     "MarkovNoise",
     "NetworkCovariance",
+    "Path",
+    "Process",
     "RectifiedFlow",
     "Schedule",
     "ScoreDenoiser",
@@ -83,6 +86,7 @@ from sde.diffusers import DiffusersDenoiser, from_diffusers, training_levels
 from sde.diffusion import DiffusionPrior
 from sde.fractional import FractionalGaussianNoise, fbm_covariance, fgn_autocovariance
 from sde.hurst import HurstEstimate, hurst_mle, hurst_whittle, whittle_log_likelihood
+from sde.increments import BrownianNoise
 from sde.innovations import hosking, innovations
 from sde.joint import JointPrior
 from sde.krylov import KrylovCovariance
@@ -91,7 +95,9 @@ from sde.low_rank import LowRankCovariance
 from sde.markov import MarkovNoise
 from sde.mixture import GaussianMixture
 from sde.network_covariance import NetworkCovariance
+from sde.path import Path
 from sde.prior import DenoisingPrior
+from sde.process import Process
 from sde.schedule import (
     Cosine,
     RectifiedFlow,

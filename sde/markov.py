@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sde.fractional import Kind, check_hurst, check_kind, unit_scale
+from sde.incomplete_gamma import Array, constant
 from sde.markov_weights import MarkovWeights
 from sde.prior import can_look
 from sde.rate_grids import WIDE, best_grid, geometric, paper_grid, with_zero
@@ -95,7 +97,7 @@ class MarkovNoise:
         if bool((error > self.max_error).any()):
             worst = float(value.reshape(-1)[error.reshape(-1).argmax()])
             rates = best_grid(worst, self.kind, self.factors, self._has_zero)
-            best = MarkovWeights(rates, self.kind, self.ridge)
+            best = MarkovWeights(tuple(rates.tolist()), self.kind, self.ridge)
             order = torch.tensor(worst + 0.5, dtype=torch.float64)
             raise ValueError(
                 f"these {self.factors} factors miss fractional Brownian motion of type {self.kind}, H = {worst:.3g}, "
@@ -120,7 +122,7 @@ class MarkovNoise:
         else:
             ends = self.grid if isinstance(self.grid, tuple) else WIDE[self.kind]
             rates = with_zero(geometric(*ends, self.factors), self._has_zero)
-        return MarkovWeights(rates, self.kind, self.ridge)
+        return MarkovWeights(tuple(rates.tolist()), self.kind, self.ridge)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,10 +134,10 @@ class MarkovNoise:
         """How many factors there are, that of rate 0 counted."""
         return len(self._grid.rates)
 
-    @cached_property
-    def rates(self) -> Tensor:
-        """gamma, (size,) per unit of time, ascending, float64."""
-        return self._grid.rates / self.horizon
+    @property
+    def rates(self) -> Array:
+        """gamma, (size,) per unit of time, ascending."""
+        return np.array(self._grid.rates) / self.horizon
 
     def _index(self, times: Tensor | None) -> Tensor:
         """H in float64, at times when it depends on them."""
@@ -221,7 +223,7 @@ class MarkovNoise:
 
     # Steps.
 
-    def transition(self, dt: Tensor | float) -> tuple[Tensor, Tensor]:
+    def transition(self, dt: Array | float) -> tuple[Array, Array]:
         r"""e^(-gamma dt) and m = (1 - e^(-gamma dt)) / (gamma dt), for Y+ = e^(-gamma dt) Y + m (u dt + sqrt(dt) eps).
 
         m sqrt(dt) eps is the projection of the exact noise on that of W, so that control and noise enter alike and the
@@ -231,46 +233,44 @@ class MarkovNoise:
             dt: time step, any shape.
 
         Returns:
-            Decay and gain, (*dt, size), float64.
+            Decay and gain, (*dt, size); arrays, which a trace takes as constants.
         """
-        x = self.rates * torch.as_tensor(dt, dtype=torch.float64)[..., None]
-        small = x < 1e-8
-        safe = torch.where(small, torch.ones_like(x), x)
-        return (-x).exp(), torch.where(small, 1 - x / 2, -torch.expm1(-safe) / safe)
+        x = self.rates * np.asarray(dt, dtype=np.float64)[..., None]
+        safe = np.where(x < 1e-8, 1.0, x)
+        return np.exp(-x), np.where(x < 1e-8, 1 - x / 2, -np.expm1(-safe) / safe)
 
     def step_variance(self, dt: float) -> Tensor:
         """Variance of a late increment over dt, as simulated and of the process: (2, *hurst)."""
         _, gain = self.transition(dt)
         hurst, weights = self._index(None), self.weights(dtype=torch.float64)
-        moved = weights * torch.expm1(-self.rates * dt)
-        found = dt * (weights * gain).sum(-1) ** 2 + ((moved @ self._stationary) * moved).sum(-1)
+        moved = weights * constant(np.expm1(-self.rates * dt), weights)
+        found = dt * (weights * constant(gain, weights)).sum(-1) ** 2
+        found = found + ((moved @ constant(self._stationary, weights)) * moved).sum(-1)
         scale = unit_scale(hurst, self.kind) ** 2 if self.unit else 1.0
         return torch.stack([found, dt ** (2 * hurst) * scale / unit_scale(hurst, "I") ** 2])
 
-    @cached_property
-    def _stationary(self) -> Tensor:
+    @property
+    def _stationary(self) -> Array:
         """1 / (gamma_i + gamma_j), zero for rate 0: (size, size)."""
         both = self.rates[:, None] + self.rates
-        moving = (self.rates > 0).double()
-        return torch.where(both > 0, 1 / both.clamp_min(1e-300), 0.0) * moving[:, None] * moving
+        moving = self.rates > 0
+        return np.where(moving[:, None] & moving, 1 / np.maximum(both, 1e-300), 0.0)
 
     @property
-    def initial_covariance(self) -> Tensor:
+    def initial_covariance(self) -> Array:
         """Cov(Y_i(0), Y_j(0)) = 1 / (gamma_i + gamma_j) for type I, zero for II and for rate 0: (size, size)."""
-        return self._stationary if self.kind == "I" else torch.zeros_like(self._stationary)
+        return self._stationary if self.kind == "I" else np.zeros_like(self._stationary)
 
     @cached_property
-    def initial_factor(self) -> Tensor:
+    def initial_factor(self) -> Array:
         """L with L L^T the initial covariance, lower triangular, for Y(0) = L eps: (size, size)."""
-        moving = self.rates > 0
-        factor = torch.zeros(self.size, self.size, dtype=torch.float64)
+        factor = np.zeros((self.size, self.size))
         if self.kind == "I":
-            scale = (2 * self.rates[moving]).sqrt()  # to correlations, which are well scaled over many decades
-            covariance = self.initial_covariance[moving][:, moving] * scale[:, None] * scale
-            eye = torch.eye(len(scale), dtype=torch.float64)
-            block = torch.linalg.cholesky(covariance + 1e-12 * eye) / scale[:, None]
-            inside = moving.nonzero()[:, 0]
-            factor[inside[:, None], inside] = block
+            inside = np.flatnonzero(self.rates > 0)
+            scale = np.sqrt(2 * self.rates[inside])  # to correlations, which are well scaled over many decades
+            block = np.ix_(inside, inside)
+            correlation = self._stationary[block] * scale[:, None] * scale
+            factor[block] = np.linalg.cholesky(correlation + 1e-12 * np.eye(len(inside))) / scale[:, None]
         return factor
 
     # Laws.
@@ -278,7 +278,7 @@ class MarkovNoise:
     def covariance(self, s: Tensor, t: Tensor) -> Tensor:
         """Cov(B(s), B(t)) of the approximation in continuous time, of the broadcast shape, float64."""
         low, high = torch.minimum(s, t).double()[..., None, None], torch.maximum(s, t).double()[..., None, None]
-        g = self.rates
+        g = constant(self.rates, low)
         both = (g[:, None] + g).clamp_min(1e-300)
         decay_gap, ones = (-g * (high - low))[..., 0, :].exp()[..., :, None], torch.ones_like(both)
         if self.kind == "II":
@@ -315,7 +315,7 @@ class MarkovNoise:
         keep = lags >= 0
         count = torch.zeros(steps, dtype=torch.float64).index_add_(0, lags[keep], torch.ones(int(keep.sum())).double())
         wanted = torch.zeros(steps, dtype=torch.float64).index_add_(0, lags[keep], response[keep]) / count
-        decay, gain = self.transition(dt)
+        decay, gain = (torch.from_numpy(part) for part in self.transition(dt))
         design = math.sqrt(dt) * gain * decay ** torch.arange(steps, dtype=torch.float64)[:, None]
         normal, right = design.mT @ (count[:, None] * design), design.mT @ (count * wanted)
         scale = normal.diagonal().rsqrt()

@@ -6,13 +6,14 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from sde.fractional import Kind
+from sde.incomplete_gamma import Array
 from sde.markov_weights import MarkovWeights
 
-__all__ = ["best_grid", "geometric", "paper_grid", "wide_grid"]
+__all__ = ["best_grid", "geometric", "paper_grid", "with_zero"]
 
 SEARCH_RIDGE = 1e-10  # keeps the search away from grids whose weights alternate in sign
 # log10 of the best two ends for 8 factors at H = 0.05, 0.10 .. 0.95, from `_search`; type I with the factor of rate 0.
@@ -64,34 +65,22 @@ TABLE = {
 WIDE = {"I": (1e-4, 1e4), "II": (1e-1, 1e4)}
 
 
-def geometric(low: float, high: float, factors: int) -> Tensor:
-    """(factors,) rates from low to high in equal ratios, float64; the geometric mean for one."""
-    if factors == 1:
-        return torch.tensor([math.sqrt(low * high)], dtype=torch.float64)
-    return torch.logspace(math.log10(low), math.log10(high), factors, dtype=torch.float64)
+def geometric(low: float, high: float, factors: int) -> Array:
+    """(factors,) rates from low to high in equal ratios; the geometric mean for one."""
+    return np.array([math.sqrt(low * high)]) if factors == 1 else np.geomspace(low, high, factors)
 
 
-def paper_grid(factors: int, horizon: float, fastest: float = 20.0) -> Tensor:
+def paper_grid(factors: int, horizon: float, fastest: float = 20.0) -> Array:
     """Rates times horizon of the published grid, from 1 / fastest to fastest in absolute units.
 
     Example:
-        >>> [round(rate, 6) for rate in paper_grid(3, horizon=2.0).tolist()]
+        >>> paper_grid(3, horizon=2.0).round(6).tolist()
         [0.1, 2.0, 40.0]
     """
     return geometric(1 / fastest, fastest, factors) * horizon
 
 
-def wide_grid(kind: Kind, factors: int) -> Tensor:
-    """Rates times horizon that serve every Hurst index.
-
-    Example:
-        >>> wide_grid("II", 2).tolist()
-        [0.1, 10000.0]
-    """
-    return geometric(*WIDE[kind], factors)
-
-
-def best_grid(hurst: float, kind: Kind, factors: int, zero: bool) -> Tensor:
+def best_grid(hurst: float, kind: Kind, factors: int, zero: bool) -> Array:
     """Rates times horizon, geometric between the two ends that leave the smallest error for one Hurst index.
 
     Example:
@@ -108,9 +97,9 @@ def best_grid(hurst: float, kind: Kind, factors: int, zero: bool) -> Tensor:
     return with_zero(geometric(10**low, 10**high, factors), zero)
 
 
-def with_zero(rates: Tensor, zero: bool) -> Tensor:
+def with_zero(rates: Array, zero: bool) -> Array:
     """The rates, with 0 before them if wanted."""
-    return torch.cat([rates.new_zeros(1), rates]) if zero else rates
+    return np.concatenate([[0.0], rates]) if zero else rates
 
 
 @lru_cache(maxsize=256)
@@ -125,7 +114,8 @@ def _search(hurst: float, kind: Kind, factors: int, zero: bool) -> tuple[float, 
         low, width = float(ends[0]), float(ends[1])
         if not (low > -6 and width > 0.05 * factors and low + width < 8):
             return 1e3
-        grid = MarkovWeights(with_zero(geometric(10**low, 10 ** (low + width), factors), zero), kind, SEARCH_RIDGE)
+        rates = with_zero(geometric(10**low, 10 ** (low + width), factors), zero)
+        grid = MarkovWeights(tuple(rates.tolist()), kind, SEARCH_RIDGE)
         return math.log(float(grid.relative_error(order, grid.weights(order))) + 1e-9)
 
     with torch.no_grad():

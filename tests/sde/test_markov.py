@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def test_wide_grids_agree_with_quadrature_of_the_covariance() -> None:
     """The closed-form error, recomputed from Var B^H, Var B and their covariance by quadrature over (0, T)."""
     for kind in get_args(Kind):
         noise = MarkovNoise(0.3, 2.0, kind, 3, (1e-3, 50.0))
-        nodes, weights = map(torch.from_numpy, __import__("numpy").polynomial.legendre.leggauss(60))
+        nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(60))
         t = 1 + nodes
         # E (B^H - B)^2 = Var B^H + Var B - 2 Cov; at the optimum the integral of Cov(B^H - B, B) is zero.
         difference = fbm_covariance(t, t, 0.3, kind) - noise.covariance(t, t)
@@ -144,7 +145,7 @@ def test_scaling_of_the_horizon() -> None:
 def test_refit_gives_increments_their_variance(hurst: float) -> None:
     steps = 100
     noise = MarkovNoise(hurst, 1.0, "II", grid="wide").refit(1 / steps, steps)
-    decay, gain = noise.transition(1 / steps)
+    decay, gain = map(torch.from_numpy, noise.transition(1 / steps))
     powers = decay ** torch.arange(steps)[:, None]
     response = math.sqrt(1 / steps) * (powers @ (noise.weights(dtype=DOUBLE) * gain))
     found = response[0] ** 2 + (response.diff() ** 2).sum()
@@ -158,7 +159,7 @@ def test_variance_of_an_increment(kind: Kind) -> None:
     """The closed form against the response to noise, after a thousand steps."""
     dt, steps = 0.002, 1000
     noise = MarkovNoise(0.3, 2.0, kind, 4, (1.0, 1e3))
-    decay, gain = noise.transition(dt)
+    decay, gain = map(torch.from_numpy, noise.transition(dt))
     response = math.sqrt(dt) * (decay ** torch.arange(steps)[:, None] @ (noise.weights(dtype=DOUBLE) * gain))
     found, exact = noise.step_variance(dt)
     assert float(found) == pytest.approx(float(response[0] ** 2 + (response.diff() ** 2).sum()), rel=0.02)
@@ -171,9 +172,9 @@ def test_variance_of_an_increment(kind: Kind) -> None:
 def test_initial_factors_have_their_stationary_covariance() -> None:
     noise = MarkovNoise(0.7, 2.0, "I")
     factor = noise.initial_factor
-    torch.testing.assert_close(factor @ factor.mT, noise.initial_covariance, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(factor @ factor.T, noise.initial_covariance, rtol=1e-6, atol=1e-9)
     positive = noise.rates[1:]
-    torch.testing.assert_close(noise.initial_covariance[1:, 1:], 1 / (positive[:, None] + positive))
+    np.testing.assert_allclose(noise.initial_covariance[1:, 1:], 1 / (positive[:, None] + positive))
 
 
 def test_hurst_that_depends_on_time() -> None:

@@ -1,0 +1,236 @@
+r"""The path of a stochastic differential equation as a Pyro distribution, built from its driving noise.
+
+    x_{n+1} = x_n + f(x_n, t_n) dt + g(x_n, t_n) (B(t_{n+1}) - B(t_n))
+
+on a grid that holds all times asked for. The driving numbers are its noise space, on which `ppl.NoiseSpace` runs any
+engine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Size, Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sde.incomplete_gamma import Array, constant
+from sde.increments import Increments, starts_random
+from sde.prior import can_look
+from sde.process import Process
+
+__all__ = ["Path"]
+
+
+class Path(TorchDistribution):
+    r"""X at given times, for a process that starts at `initial` at time `start`.
+
+    Draws are exact for the discretised process. So is `log_prob`, where every step ends at a time asked for (`dt=None`)
+    and every coordinate has its own noise.
+
+    Args:
+        process: drift, diffusion and noise.
+        times: (n,) strictly increasing, after `start`, within the noise's horizon.
+        initial: (d,) or (*batch, d), X at `start`; a number is one coordinate.
+        start: the time of `initial`.
+        dt: longest step; None takes one step from time to time.
+        checkpoint_steps: store the state every so many steps and compute the rest again in the backward pass, which
+            bounds memory for long paths. None stores everything.
+
+    Raises:
+        ValueError: times that do not increase or leave the horizon, shapes that do not fit, a drift that is not finite.
+
+    Example:
+        >>> path = Path(Process(lambda x, t: -x, 0.5), torch.linspace(0.1, 1, 10), initial=torch.zeros(2))
+        >>> path.event_shape, path.sample((3,)).shape, path.noise_shape
+        (torch.Size([10, 2]), torch.Size([3, 10, 2]), torch.Size([20]))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(
+        self,
+        process: Process,
+        times: Tensor,
+        initial: Tensor | float = 0.0,
+        *,
+        start: float = 0.0,
+        dt: float | None = None,
+        checkpoint_steps: int | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        times = torch.as_tensor(times)
+        known = np.asarray(times.detach().cpu().numpy(), dtype=np.float64)
+        if known.ndim != 1 or len(known) == 0 or not (np.diff(known, prepend=start) > 0).all():
+            raise ValueError(
+                f"times must be strictly increasing and after the start at {start:g}, got {known.tolist()[:8]}; give "
+                "`start` the time of `initial`, and make repeated times one"
+            )
+        if dt is not None and not (math.isfinite(dt) and dt > 0):
+            raise ValueError(f"dt must be positive, the longest step, got {dt!r}")
+        if checkpoint_steps is not None and not (isinstance(checkpoint_steps, int) and checkpoint_steps >= 1):
+            raise ValueError(f"checkpoint_steps must be a positive integer or None, got {checkpoint_steps!r}")
+        dtype = times.dtype if times.is_floating_point() else torch.get_default_dtype()
+        initial = torch.as_tensor(initial, dtype=initial.dtype if isinstance(initial, Tensor) else dtype)
+        self.initial = initial if initial.ndim else initial[None]
+        self.process, self.times, self.start, self.dt, self.checkpoint_steps = (
+            process,
+            times,
+            start,
+            dt,
+            checkpoint_steps,
+        )
+        grid, self.ends = _grid(start, known, dt)
+        self.increments = Increments(process.noise, grid)
+        self.noises = process.size(self.initial.shape[-1])
+        batch = self.initial.shape[:-1]
+        if can_look(self.initial):
+            process.check(self.initial, self.initial.new_tensor(start), float(known[-1]))
+        super().__init__(batch, Size((len(times), self.initial.shape[-1])), validate_args=validate_args)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the path."""
+        return self.initial.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the path."""
+        return self.initial.device
+
+    @property
+    def steps(self) -> int:
+        """Steps of the grid."""
+        return self.increments.steps
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Every path has a noise space; a density where all states are seen."""
+        return frozenset({"noise_space", "path"} | ({"log_prob"} if self._has_density else set()))
+
+    @property
+    def _has_density(self) -> bool:
+        """Whether all states of the grid are in the value and coordinates have their own noise."""
+        return len(self.ends) == self.steps and not self.process.general and self.process.sense == "ito"
+
+    @property
+    def noise_shape(self) -> Size:
+        """(steps m,) driving numbers, then (m K,) for the factors' start where that is random."""
+        more = self.process.noise.size if starts_random(self.process.noise) else 0
+        return Size((self.noises * (self.steps + more),))
+
+    def split_noise(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(*batch, m, steps) driving numbers and (*batch, m, K) for the start of the factors, or None."""
+        driving, rest = z.split([self.noises * self.steps, z.shape[-1] - self.noises * self.steps], -1)
+        first = driving.reshape(*z.shape[:-1], self.noises, self.steps)
+        return first, rest.reshape(*z.shape[:-1], self.noises, -1) if rest.shape[-1] else None
+
+    def from_noise(self, z: Tensor) -> Tensor:
+        """The path of standard normal numbers, differentiable: (*batch, noise) -> (*batch, n, d)."""
+        increments = self.increments(*self.split_noise(z))
+        x = self.follow(increments)
+        return x if len(self.ends) == self.steps else x[..., torch.from_numpy(self.ends).to(x.device), :]
+
+    def follow(self, increments: Tensor) -> Tensor:
+        """X after every step of the grid: (*batch, m, steps) increments of the noise -> (*batch, steps, d)."""
+        batch = torch.broadcast_shapes(increments.shape[:-2], self.initial.shape[:-1])
+        x = self.initial.expand(*batch, -1).to(increments.dtype)
+        if not self.checkpoint_steps or not torch.is_grad_enabled():
+            return self._follow(x, increments, 0)
+        parts: list[Tensor] = []
+        for first in range(0, self.steps, self.checkpoint_steps):
+            piece = increments[..., first : first + self.checkpoint_steps]
+            parts.append(checkpoint(self._follow, x, piece, first, use_reentrant=False))
+            x = parts[-1][..., -1, :]
+        return torch.cat(parts, -2)
+
+    def _follow(self, x: Tensor, increments: Tensor, first: int) -> Tensor:
+        """Steps from number `first` on."""
+        process, inc = self.process, self.increments
+        times, dts = constant(inc.grid, x).to(x), inc.dt.tolist()
+        if not callable(process.drift) and not callable(process.diffusion):  # nothing depends on the state: a sum
+            g = process.g(x, times[0])
+            moves = increments.mT @ g.mT if process.general else increments.mT * g[..., None, :]
+            dt = constant(inc.dt[first : first + increments.shape[-1]], x).to(x)
+            return x[..., None, :] + (process.f(x, times[0])[..., None, :] * dt[:, None] + moves).cumsum(-2)
+        found: list[Tensor] = []
+        for n, increment in enumerate(increments.unbind(-1), first):
+            x = process.step(x, times[n], dts[n], increment)
+            found.append(x)
+        return torch.stack(found, -2)
+
+    # The distribution.
+
+    def expand(self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None) -> Path:
+        """Independent paths over batch_shape."""
+        shape = Size(batch_shape)
+        return Path(
+            self.process, self.times, self.initial.expand(*shape, -1), start=self.start, dt=self.dt,
+            checkpoint_steps=self.checkpoint_steps, validate_args=False,
+        )  # fmt: skip
+
+    def draw(self, shape: Size | tuple[int, ...] = (), generator: torch.Generator | None = None) -> Tensor:
+        """(*shape, *batch, n, d) draws from an explicit generator; None takes torch's global one.
+
+        Raises:
+            ValueError: a path that leaves the finite numbers, with its time.
+        """
+        z = torch.randn(
+            *shape, *self.batch_shape, *self.noise_shape, generator=generator, dtype=self.dtype, device=self.device
+        )
+        x = self.from_noise(z)
+        if can_look(x) and not bool(x.isfinite().all()):
+            bad = (~x.isfinite()).any(-1).reshape(-1, len(self.times)).any(0).nonzero()[0, 0]
+            raise ValueError(
+                f"the path is not finite at time {float(self.times[bad]):g}: the drift or the diffusion grows faster "
+                f"than steps of {float(self.increments.dt.max()):.3g} can follow; take a smaller dt"
+            )
+        return x
+
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """(*sample_shape, *batch, n, d) differentiable draws from torch's global generator."""
+        return self.draw(Size(sample_shape))
+
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """(*sample_shape, *batch, n, d) draws from torch's global generator."""
+        with torch.no_grad():
+            return self.draw(Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of the discretised path, (*batch).
+
+        Raises:
+            ValueError: steps between the times, or noises that coordinates share: then there is no closed form.
+        """
+        if not self._has_density:
+            raise ValueError(
+                "no density in closed form: this path has steps between its times, shared noises, or Heun's rule; "
+                "run the engine in noise space, ppl.NoiseSpace(engine), or use dt=None"
+            )
+        before = torch.cat([self.initial.expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2)
+        increments, log_scale = [], torch.zeros((), dtype=value.dtype, device=value.device)
+        times, dts = constant(self.increments.grid, value).to(value), self.increments.dt.tolist()
+        for n, x in enumerate(before.unbind(-2)):
+            g = self.process.g(x, times[n])
+            increments.append((value[..., n, :] - x - self.process.f(x, times[n]) * dts[n]) / g)
+            log_scale = log_scale + g.abs().log().sum(-1)
+        b = torch.stack(increments, -1)
+        factor = self.increments.factor().to(value)
+        white = torch.linalg.solve_triangular(factor, b[..., None], upper=False)[..., 0]
+        half = factor.diagonal(dim1=-2, dim2=-1).log().expand(b.shape)
+        return -(0.5 * white**2 + half + 0.5 * math.log(2 * math.pi)).sum((-2, -1)) - log_scale
+
+
+def _grid(start: float, times: Array, dt: float | None) -> tuple[Array, Array]:
+    """Times of all states, and which of the states after the first are asked for."""
+    known = np.concatenate([[start], times])
+    counts = np.ones(len(times), dtype=int)
+    if dt is not None:
+        counts = np.maximum(1, np.ceil(np.diff(known) / dt - 1e-9).astype(int))
+    parts = [np.linspace(a, b, n + 1)[1:] for a, b, n in zip(known[:-1], known[1:], counts, strict=True)]
+    return np.concatenate([[start], *parts]), counts.cumsum() - 1
