@@ -42,7 +42,7 @@ def check_backend(
 ) -> None:
     """Check everything that a backend promises beside the quality of its draws.
 
-    The backend runs about eight times: give it few steps, and keep the program small.
+    The backend runs about nine times: give it few steps, and keep the program small.
 
     Args:
         backend: an instance of your class.
@@ -50,7 +50,7 @@ def check_backend(
         draws: of the runs; at least 2.
         seed: of the runs.
         rtol: largest relative difference between draws that should be the same; 1e-4 is usual in float32.
-        problems: also run on `program.over(...)` of two copies of the data.
+        problems: also run on `program.over(...)` of two copies of the data, and one of them alone.
         files: also interrupt, resume, save and load, in a temporary folder.
 
     Raises:
@@ -95,6 +95,11 @@ def check_backend(
         both = infer(program.over(**twice), backend, draws, 1, seed)
         _promise(both.problems == 2, f'two problems were given, attrs["problems"] is {both.problems}')
         _check_posterior(both, program, draws, 1, problems=2)
+        seeds = both.attrs.get("problem_seeds")  # engines that hold one random stream for all problems name none
+        if seeds is not None:
+            alone = infer(program.over(**twice).problem(1), backend, draws, 1, seeds[1])
+            second = dataclasses.replace(alone, draws={n: v[1] for n, v in both.draws.items()})
+            _same(second, alone, "a problem among others has the draws that it has alone", rtol)
     _check_globals(globals_)
 
 

@@ -31,6 +31,12 @@ def linear() -> ppl.Program:
     return gaussian_problem(0.3, dim=3, observations=2).program
 
 
+def many() -> ppl.Program:
+    program = linear()
+    y = program.data["y"]
+    return program.over(y=torch.stack([y, y + 0.5, -y]))
+
+
 def plain() -> ppl.Program:
     def model(y: Tensor) -> None:
         scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=F64), 0.5))
@@ -44,6 +50,7 @@ def plain() -> ppl.Program:
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
     "DPS": (lambda: inverse.DPS(steps=10), linear),
+    "DPS on many problems": (lambda: inverse.DPS(steps=10), many),
     "DistributionTransformer": (lambda: ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=40, batch=4), plain),
     "EllipticalSlice": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
     "Gibbs": (lambda: ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
@@ -52,6 +59,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "NUTS": (lambda: ppl.NUTS(warmup=10), plain),
     "SVI": (lambda: ppl.SVI(guide=ppl.FullRank(), steps=12), plain),
     "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
+    "TwistedSMC on many problems": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), many),
 }
 
 

@@ -457,7 +457,7 @@ def test_draws_that_miss_the_data_are_remarked_on() -> None:
     assert good.attrs["notes"] == []
 
 
-def test_problems_are_solved_in_turn() -> None:
+def test_problems_have_an_axis_of_their_own() -> None:
     program = program_of(gaussian())
     ys = torch.randn(3, 2, generator=seeded(9), dtype=F64)
     posterior = ppl.infer(program.over(y=ys), MomentMatching(steps=2), draws=4)
