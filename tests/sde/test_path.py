@@ -130,7 +130,7 @@ def test_heun_is_the_sense_of_stratonovich() -> None:
     times = torch.tensor([1.0], dtype=DOUBLE)
     logs = {}
     for sense in ("ito", "stratonovich"):
-        path = Path(Process(0.0, lambda x, t: x, sense=sense), times, torch.ones(1, dtype=DOUBLE), dt=1 / 512)  # type: ignore[arg-type]
+        path = Path(Process(0.0, lambda x, t: x, sense=sense), times, torch.ones(1, dtype=DOUBLE), dt=1 / 512)
         z = normal(200, *path.noise_shape)
         logs[sense] = path.from_noise(z)[:, 0, 0].log() - z.sum(-1) / math.sqrt(512)
     assert float(logs["stratonovich"].abs().max()) < 0.02
