@@ -7,7 +7,7 @@ from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Exact, LogDensity, Reciprocal
 from ppl.objectives.draw import Draw, Particles, Stochastic, logmeanexp
 from ppl.objectives.engine import Engine, Gradient, gradient
-from ppl.objectives.estimators import Enumerate, MeasureValued, Rebar, Reinforce, Reparam
+from ppl.objectives.estimators import Enumerate, MeasureValued, Rebar, Reinforce, Relax, Reparam
 from ppl.objectives.expectation import Expectation
 from ppl.objectives.path import DReG, StickingTheLanding
 from ppl.objectives.stochastic import SIR, Marginal, Normalize
@@ -39,6 +39,7 @@ __all__ = [
     "Rebar",
     "Reciprocal",
     "Reinforce",
+    "Relax",
     "Renyi",
     "Reparam",
     "Sleep",

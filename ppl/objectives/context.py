@@ -30,6 +30,7 @@ from ppl.objectives.run import Node, Setting, run_lanes
 
 if TYPE_CHECKING:
     from ppl.objectives.engine import Engine
+    from ppl.objectives.learned_control import Control
 
 __all__ = ["Context"]
 
@@ -67,6 +68,7 @@ class Context:
         self.frames: list[tuple[Any, ...]] = []
         self.data: dict[str, Tensor] = {}
         self.relaxed: dict[Address, list[Tensor]] = {}
+        self.controls: dict[Address, Control] = {}
         self.states = states
         self.terms: Terms | None = None  # of the objective, where it is a sum of log densities
         self.weight: Tensor | None = None  # probabilities of the enumerated states

@@ -3,7 +3,8 @@
     E[t_j d log q(v)] = 0   where t_j is no function of v
 
 A term knows the sites that its program had run through when it was reached. It is downstream of v if v, or a site that
-the guide drew after v, is among them; and within a plate, whose lanes are independent, only in the lane of v.
+the guide drew after v, is among them; and within a plate, whose lanes are independent, only in the lane of v. What is
+left out has mean zero in the gradient, but its own mean may have served as a baseline: take one of `Reinforce`'s.
 Source: Rao-Blackwellisation of Ranganath, Gerrish & Blei (2014) [inferred]; plates as in Pyro's TraceGraph_ELBO.
 """
 

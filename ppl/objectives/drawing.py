@@ -5,20 +5,23 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 
 from ppl.errors import OptionError, ShapeError
 from ppl.objectives.draw import Address
-from ppl.objectives.estimators import Estimator, Rebar, Reinforce, Reparam
+from ppl.objectives.estimators import Estimator, Rebar, Reinforce, Relax, Reparam
+from ppl.objectives.learned_control import draw_with_control
 from ppl.objectives.noise import SharedNoise
-from ppl.objectives.relaxed import relaxed_draw
+from ppl.objectives.relaxed import relaxed, relaxed_noise, soften
 from ppl.objectives.run import unpad
+from ppl.sites import unwrap
 
 if TYPE_CHECKING:
     from ppl.objectives.context import Context
 
-__all__ = ["draw_site", "learned"]
+__all__ = ["draw_site", "register"]
 
 
 def draw_site(ctx: Context, address: Address, msg: Any, detach: bool) -> tuple[Tensor, Estimator | None, Tensor | None]:
@@ -38,10 +41,11 @@ def draw_site(ctx: Context, address: Address, msg: Any, detach: bool) -> tuple[T
         ctx._seed(address)
     else:
         ctx._seed((*address, lane[0]))
-    if isinstance(estimator, Rebar):
+    if isinstance(estimator, Rebar | Relax):
         if lane is not None:
-            raise OptionError(f"site {address[1]!r}: Rebar needs programs that run in one batch; use Reinforce")
-        value, *ctx.relaxed[address] = relaxed_draw(fn, estimator.temperature)
+            kind = type(estimator).__name__
+            raise OptionError(f"site {address[1]!r}: {kind} needs programs that run in one batch; use Reinforce")
+        value = _relaxed(ctx, address, fn, estimator)
     elif isinstance(estimator, Reparam):
         shared = lane is None and ctx.states > 1
         with SharedNoise(len(ctx.axes), ctx.states) if shared else nullcontext():
@@ -49,22 +53,34 @@ def draw_site(ctx: Context, address: Address, msg: Any, detach: bool) -> tuple[T
     else:
         with torch.no_grad():
             value = fn.sample()
-    baseline = None
-    if isinstance(estimator, Reinforce) and torch.is_grad_enabled():
-        baseline = learned(address[1], estimator)
-    return value, estimator, baseline
+    return value, estimator, register(address[1], estimator) if torch.is_grad_enabled() else None
 
 
-def learned(name: str, estimator: Reinforce) -> Tensor | None:
-    """The prediction of a learned baseline; a module is registered, so that it is trained with the guide."""
+def _relaxed(ctx: Context, address: Address, fn: Any, estimator: Rebar | Relax) -> Tensor:
+    """A draw, and what its control variate needs later."""
+    if isinstance(estimator, Relax):
+        register(address[1], estimator)
+        value, control = draw_with_control(address[1], fn, estimator)
+        if control is not None:
+            ctx.controls[address] = control
+        return value
+    value, *ends = relaxed(fn, unwrap(fn).logits.expand(fn.shape()), *relaxed_noise(fn))
+    ctx.relaxed[address] = [soften(fn, z, estimator.temperature) for z in ends]
+    return value
+
+
+def register(name: str, estimator: Estimator | None) -> Tensor | None:
+    """Register what a site learns besides its guide, as parts of it; the prediction of a learned baseline."""
+    if isinstance(estimator, Relax) and isinstance(estimator.surrogate, torch.nn.Module):
+        pyro.module(f"{name}_surrogate", estimator.surrogate)
+    if not isinstance(estimator, Reinforce):
+        return None
     baseline = estimator.baseline
     if isinstance(baseline, str):
         return None
     if isinstance(baseline, Tensor):
         return baseline
     if isinstance(baseline, torch.nn.Module):
-        import pyro
-
         pyro.module(f"{name}_baseline", baseline)
     given = estimator.given
     given = given.detach() if isinstance(given, Tensor) else given

@@ -20,7 +20,8 @@ from ppl.errors import NotFiniteError, OptionError, ProgramError, ShapeError
 from ppl.objectives.context import Context
 from ppl.objectives.downstream import downstream
 from ppl.objectives.draw import Address
-from ppl.objectives.estimators import Estimator, MeasureValued, Policy, Rebar, Reinforce
+from ppl.objectives.estimators import Estimator, MeasureValued, Policy, Rebar, Reinforce, Relax
+from ppl.objectives.learned_control import control_term
 from ppl.objectives.measured_term import measured_term
 from ppl.objectives.plan import Plan, make_plan
 from ppl.objectives.programs import Programs
@@ -216,6 +217,9 @@ class Engine:
                 soft, given = (node.estimator.scale * cost({address: x})[0] for x in ctx.relaxed[address])
                 score = score_term(plan, self.averages, address, node, axes, plan.spread(whole - given, 1), samples)
                 total = total + score + soft - given - (soft - given).detach()
+            elif isinstance(node.estimator, Relax):
+                part = self._downstream(ctx, address, whole)
+                total = total + control_term(plan, ctx.controls[address], node, len(axes) + 1, part, samples)
             elif isinstance(node.estimator, MeasureValued) and node.arms:
                 total = total + measured_term(plan, address, node, whole, lambda extra: cost(extra)[0])
         return whole, total, ctx

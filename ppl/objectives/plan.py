@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 
 from ppl.errors import CapabilityError, ShapeError
+from ppl.objectives.choice import chosen, defaults, support_of
 from ppl.objectives.context import Context
 from ppl.objectives.draw import Address
-from ppl.objectives.estimators import (
-    Enumerate,
-    Estimator,
-    Policy,
-    Rebar,
-    Reinforce,
-    Reparam,
-    chosen,
-    defaults,
-    support_of,
-)
+from ppl.objectives.estimators import Enumerate, Estimator, Policy, Rebar, Reinforce, Relax, Reparam
 from ppl.objectives.programs import Disagreement, Programs
 from ppl.objectives.run import Node
 from ppl.trace import seeded, settings
@@ -70,7 +61,7 @@ class Plan:
     @property
     def scored(self) -> bool:
         """Whether a site takes the score."""
-        return any(isinstance(e, Reinforce) for e in self.estimators.values())
+        return any(isinstance(e, Reinforce | Relax) for e in self.estimators.values())
 
     @property
     def joint(self) -> int:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ppl.errors import PilotlightError, ProgramError
+from ppl.objectives.choice import chosen
 from ppl.objectives.draw import Draw, Given, Stochastic
-from ppl.objectives.drawing import learned
-from ppl.objectives.estimators import Policy, Reinforce, chosen
+from ppl.objectives.drawing import register
+from ppl.objectives.estimators import Policy
 from ppl.objectives.matching import match
 from ppl.objectives.run import Node, Setting, Source, run_lanes, run_plain
 from ppl.program import Program
@@ -133,7 +134,7 @@ class Programs:
 
         def draw(name: str, msg: Any) -> tuple[Tensor, None, Tensor | None]:
             estimator = None if program is self.model else chosen(name, msg["fn"], msg["infer"], self.policy)
-            baseline = learned(name, estimator) if isinstance(estimator, Reinforce) else None
+            baseline = register(name, estimator)
             return msg["fn"].sample(), None, baseline
 
         setting = Setting({**self.parameters, **known}, {}, {}, draw, False, {}, self.dtype)

@@ -1,9 +1,12 @@
-"""Control variates from a relaxed draw, for coins and one-hot choices: REBAR.
+"""Relaxed draws of coins and one-hot choices, free and given the draw they round to.
 
-    g = (f(b) - c(z~)) d log q(b) + d c(z) - d c(z~),   c(z) = scale f(sigma(z / temperature))
+    b = H(z),   z = logits + logistic (Gumbel) noise,   z~ ~ z | b with noise of its own
 
-z are logits with logistic (Gumbel) noise, b = H(z), and z~ has the law of z given b with noise of its own. Unbiased for
-any c, so that temperature and scale change the variance alone.
+Both are differentiable in the logits. Control variates of the score are made of the two:
+
+    REBAR   g = (f(b) - c(z~)) d log q(b) + d c(z) - d c(z~),   c(z) = scale f(sigma(z / temperature))
+
+Unbiased for any c, so that temperature and scale change the variance alone; RELAX learns it (`learned_control`).
 Source: Tucker, Mnih, Maddison, Lawson & Sohl-Dickstein (2017), section 3 [inferred].
 """
 
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ppl.sites import unwrap
 
-__all__ = ["can_relax", "relaxed_draw"]
+__all__ = ["can_relax", "relaxed", "relaxed_noise", "soften"]
 
 
 def can_relax(fn: Any) -> bool:
@@ -25,29 +28,33 @@ def can_relax(fn: Any) -> bool:
     return type(unwrap(fn)) in (dist.Bernoulli, dist.OneHotCategorical)
 
 
-def relaxed_draw(fn: Any, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw b, its relaxation from z, and that from z~ given b."""
-    base, shape = unwrap(fn), fn.shape()
-    tiny = torch.finfo(base.logits.dtype).tiny
+def relaxed_noise(fn: Any) -> tuple[Tensor, Tensor]:
+    """Uniform noise of the free and of the conditional draw, each of the shape of a draw."""
+    logits = unwrap(fn).logits
+    u, v = (torch.rand(fn.shape(), dtype=logits.dtype, device=logits.device) for _ in range(2))
+    return u.clamp(1e-12, 1 - 1e-12), v.clamp(1e-12, 1 - 1e-12)
 
-    def uniform() -> Tensor:
-        return torch.rand(shape, dtype=base.logits.dtype, device=base.logits.device).clamp(1e-12, 1 - 1e-12)
 
-    u, v = uniform(), uniform()
-    if isinstance(base, dist.Bernoulli):
-        p = base.probs.expand(shape)
-        logits = base.logits.expand(shape)
+def relaxed(fn: Any, logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A draw b, z, and z~ given b, at logits of the shape of a draw."""
+    if isinstance(unwrap(fn), dist.Bernoulli):
+        p = torch.sigmoid(logits)
         z = logits + torch.logit(u)
         b = (z > 0).to(z.dtype).detach()
         given = torch.where(b == 1, v * p + (1 - p), v * (1 - p)).clamp(1e-12, 1 - 1e-12)
-        z_given = logits + torch.logit(given)
-        return b, torch.sigmoid(z / temperature), torch.sigmoid(z_given / temperature)
-    logits = base.logits.expand(shape)  # normalised
+        return b, z, logits + torch.logit(given)
+    logits = logits.log_softmax(-1)
     z = logits - (-u.log()).log()
-    b = torch.nn.functional.one_hot(z.argmax(-1), shape[-1]).to(z.dtype).detach()
+    b = torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype).detach()
     # Given that k is the largest, its Gumbel is standard and the others are cut off there.
     top = -(-v.log()).log()
     largest = (top * b).sum(-1, keepdim=True)
+    tiny = torch.finfo(z.dtype).tiny
     others = -((-v.log()) / logits.exp().clamp_min(tiny) + (-largest).exp()).log()
-    z_given = torch.where(b == 1, top, others)
-    return b, torch.softmax(z / temperature, -1), torch.softmax(z_given / temperature, -1)
+    return b, z, torch.where(b == 1, top, others)
+
+
+def soften(fn: Any, z: Tensor, temperature: float) -> Tensor:
+    """A value between the states."""
+    scaled = z / temperature
+    return torch.sigmoid(scaled) if isinstance(unwrap(fn), dist.Bernoulli) else torch.softmax(scaled, -1)
