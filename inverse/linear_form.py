@@ -28,7 +28,8 @@ from inverse.operators import (
     record_calls,
 )
 from inverse.operators.algebra import Scaled
-from inverse.operators.base import DENSE_LIMIT, CallRecord
+from inverse.operators.base import DENSE_LIMIT
+from inverse.operators.calls import CallRecord
 from ppl.errors import DataError, ProgramError
 from ppl.sites import unwrap
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inverse.metrics.weights import draw_weights
-from inverse.operators.base import flatten_event
+from inverse.operators.events import flatten_event
 from ppl.errors import OptionError, ShapeError
 
 __all__ = ["ImageScores", "image_scores", "psnr", "ssim", "ssim_window"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inverse.metrics.weights import draw_weights
-from inverse.operators.base import LinearOperator, flatten_event
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import flatten_event
 from ppl.diagnostics.coverage import inside_central, ranks
 from ppl.errors import OptionError, ShapeError
 

@@ -7,9 +7,11 @@ beside(A, B)
 from __future__ import annotations
 
 from inverse.operators.algebra import Compose, Scaled, Stack, Sum, stack
-from inverse.operators.base import SVD, CallRecord, LinearOperator, record_calls
+from inverse.operators.base import LinearOperator
 from inverse.operators.beside import Beside, Zero, beside
 from inverse.operators.blur import CircularBlur, GaussianBlur, MotionBlur
+from inverse.operators.calls import CallRecord, record_calls
+from inverse.operators.decomposition import SVD
 from inverse.operators.demosaic import ColourMosaic
 from inverse.operators.dense import Dense, FunctionOperator, probe_affine, probe_linear
 from inverse.operators.downsample import Downsample

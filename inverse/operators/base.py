@@ -6,128 +6,28 @@ standard deviation per real number.
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from inverse.operators.calls import noted
+from inverse.operators.decomposition import SVD, dense_svd, diagonal_svd
+from inverse.operators.eager import outside_transforms
+from inverse.operators.events import numel, over_event
 from inverse.operators.linear_solve import conjugate_gradient
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
 
 if TYPE_CHECKING:
     from inverse.operators.algebra import Compose, Scaled, Sum
 
-__all__ = ["DENSE_LIMIT", "SVD", "CallRecord", "LinearOperator", "numel", "record_calls"]
+__all__ = ["DENSE_LIMIT", "LinearOperator"]
 
 DENSE_LIMIT = 2**22
 """Largest number of matrix entries for which `svd` falls back to a dense factorisation."""
 
 Self = TypeVar("Self", bound="LinearOperator")
-
-
-class CallRecord(NamedTuple):
-    """One call of an operator: operator, input (*batch, *in_shape), output (*batch, *out_shape)."""
-
-    operator: LinearOperator
-    input: Tensor
-    output: Tensor
-
-
-_RECORDS: ContextVar[list[CallRecord] | None] = ContextVar("operator_calls", default=None)
-
-
-@contextmanager
-def record_calls() -> Iterator[list[CallRecord]]:
-    """Collect every outermost operator call made inside the block, in order.
-
-    The parts of a composed operator are not listed: `(A @ B)(x)` is one record, of `A @ B`.
-
-    Returns:
-        A list that fills with CallRecord(operator, input, output).
-
-    Example:
-        >>> from inverse.operators import Identity
-        >>> A = Identity((3,))
-        >>> with record_calls() as calls:
-        ...     _ = A(torch.ones(3))
-        >>> calls[0].operator is A
-        True
-    """
-    calls: list[CallRecord] = []
-    token = _RECORDS.set(calls)
-    try:
-        yield calls
-    finally:
-        _RECORDS.reset(token)
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    """Number of entries of one event; 1 for a scalar."""
-    return math.prod(shape)
-
-
-def flatten_event(x: Tensor, event_ndim: int) -> Tensor:
-    """(*batch, *event) -> (*batch, size), also when the batch is empty."""
-    batch = x.shape[: x.ndim - event_ndim]
-    return x.reshape(*batch, math.prod(x.shape[x.ndim - event_ndim :]))
-
-
-def scatter_index(keep: Tensor, size: int) -> Tensor:
-    """For each of `size` places, its position in `keep`, or len(keep) where it is absent: adjoint of x[..., keep]."""
-    index = torch.full((size,), len(keep), dtype=torch.long, device=keep.device)
-    index[keep] = torch.arange(len(keep), device=keep.device)
-    return index
-
-
-def scatter(z: Tensor, index: Tensor) -> Tensor:
-    """(*batch, kept) -> (*batch, size) with zeros at absent places; a gather, so it is safe under every transform."""
-    kept = z.shape[-1]
-    if kept == 0:
-        return z.new_zeros(*z.shape[:-1], len(index))
-    return torch.where(index < kept, z.index_select(-1, index.clamp(max=kept - 1)), 0.0)
-
-
-@dataclass(frozen=True)
-class SVD:
-    """A thin singular value decomposition A = U diag(s) V^T, with fast maps in place of matrices.
-
-    Every s is strictly positive and the order is the operator's own, so r = len(s) is the rank. What V leaves out is
-    the null space of A, reached by `complement`.
-
-    Args:
-        s: (r,) float64 singular values; (lanes, r) of an operator that differs from lane to lane.
-        to_spectral: V^T x, (*batch, *in_shape) -> (*batch, r).
-        from_spectral: V z, (*batch, r) -> (*batch, *in_shape).
-        to_spectral_data: U^T y, (*batch, *out_shape) -> (*batch, r).
-        from_spectral_data: U z, (*batch, r) -> (*batch, *out_shape).
-
-    Example:
-        >>> from inverse.operators import Dense
-        >>> svd = Dense(torch.tensor([[3.0, 0.0], [0.0, 0.0]])).svd()
-        >>> svd.rank, svd.s
-        (1, tensor([3.], dtype=torch.float64))
-    """
-
-    s: Tensor
-    to_spectral: Callable[[Tensor], Tensor]
-    from_spectral: Callable[[Tensor], Tensor]
-    to_spectral_data: Callable[[Tensor], Tensor]
-    from_spectral_data: Callable[[Tensor], Tensor]
-
-    @property
-    def rank(self) -> int:
-        """Number of singular values."""
-        return self.s.shape[-1]
-
-    def complement(self, x: Tensor) -> Tensor:
-        """Part of x that the operator does not see, x - V V^T x: (*batch, *in_shape) -> the same."""
-        return x - self.from_spectral(self.to_spectral(x))
 
 
 class LinearOperator(nn.Module):
@@ -171,16 +71,7 @@ class LinearOperator(nn.Module):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A x, (*batch, *in_shape) -> (*batch, *out_shape); noted by `record_calls`."""
         self.check_shape(x, self.in_shape, "input")
-        calls = _RECORDS.get()
-        if calls is None:
-            return super().__call__(x, *args, **kwargs)
-        token = _RECORDS.set(None)  # the parts of a composition are not calls of the model
-        try:
-            y = super().__call__(x, *args, **kwargs)
-        finally:
-            _RECORDS.reset(token)
-        calls.append(CallRecord(self, x, y))
-        return y
+        return noted(self, lambda: super(LinearOperator, self).__call__(x, *args, **kwargs), x)
 
     def check_shape(self, x: Tensor, shape: tuple[int, ...], what: str) -> None:
         """Raise ShapeError or DataError unless x is a real tensor of shape (*batch, *shape)."""
@@ -267,7 +158,7 @@ class LinearOperator(nn.Module):
         tensors = [*self.buffers(), *self.parameters()]
         if any(t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
             return self.compute_svd()  # learned or traced: it belongs to this call alone
-        with _outside_transforms():
+        with outside_transforms():
             self._svd = self.compute_svd()
         return self._svd
 
@@ -278,7 +169,7 @@ class LinearOperator(nn.Module):
                 f"{type(self).__name__} from {self.in_shape} to {self.out_shape} has no fast decomposition and is too "
                 "large for a dense one; use solve_gram and pinv, which fall back on conjugate gradients"
             )
-        return _diagonal_svd(self) if "diagonal" in self.capabilities else _dense_svd(self)
+        return diagonal_svd(self) if "diagonal" in self.capabilities else dense_svd(self)
 
     def pinv(self, y: Tensor, *, rcond: float | None = None) -> Tensor:
         """The shortest x among those that bring A x closest to y, A^+ y = V diag(1/s) U^T y.
@@ -337,17 +228,17 @@ class LinearOperator(nn.Module):
         self.check_shape(r, self.out_shape, "residual")
         if self.gram_scale is not None:
             ndim, scale = len(self.out_shape), torch.as_tensor(self.gram_scale).to(r)
-            return r / (_over_event(noise_var, r, ndim) + _over_event(prior_var, r, ndim) * scale)
-        noise, prior = _over_event(noise_var, r, 1), _over_event(prior_var, r, 1)
+            return r / (over_event(noise_var, r, ndim) + over_event(prior_var, r, ndim) * scale)
+        noise, prior = over_event(noise_var, r, 1), over_event(prior_var, r, 1)
         if "svd" in self.capabilities:
             svd = self.svd()
             z = svd.to_spectral_data(r)
             out = svd.from_spectral_data(z / (noise + prior * svd.s.to(r).square()))
             if svd.rank == numel(self.out_shape):
                 return out  # U is square: nothing is left over, and noise_var may be zero
-            return out + (r - svd.from_spectral_data(z)) / _over_event(noise_var, r, len(self.out_shape))
+            return out + (r - svd.from_spectral_data(z)) / over_event(noise_var, r, len(self.out_shape))
         ndim = len(self.out_shape)
-        noise, prior = _over_event(noise_var, r, ndim), _over_event(prior_var, r, ndim)
+        noise, prior = over_event(noise_var, r, ndim), over_event(prior_var, r, ndim)
         gram = lambda u: noise * u + prior * self.forward(self.adjoint(u))  # noqa: E731
         return conjugate_gradient(gram, r, event_ndim=ndim, tolerance=tolerance, max_steps=max_steps).x
 
@@ -404,62 +295,3 @@ class LinearOperator(nn.Module):
     def extra_repr(self) -> str:
         """Shapes."""
         return f"in_shape={self.in_shape}, out_shape={self.out_shape}"
-
-
-@contextmanager
-def _outside_transforms() -> Iterator[None]:
-    """Suspend vmap, grad and tracing, so that what is computed from constants may be kept after they end."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    with ExitStack() as stack:
-        proxy = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not imported: nothing is being traced
-        if proxy is not None:
-            stack.enter_context(proxy.disable_proxy_modes_tracing())
-        stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(torch.inference_mode(False))
-        yield
-
-
-def _over_event(value: float | Tensor, like: Tensor, event_ndim: int) -> Tensor:
-    """A number per batch member, with trailing axes to multiply an event."""
-    v = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return v.reshape(*v.shape, *(1,) * event_ndim) if v.ndim else v
-
-
-def _diagonal_svd(A: LinearOperator) -> SVD:
-    """A^T A = diag(g): V picks the entries with g > 0, s = sqrt(g), U = A V / s."""
-    ndim, size = len(A.in_shape), numel(A.in_shape)
-    ones = torch.ones(A.in_shape, dtype=torch.float64, device=A._device())
-    gram = A.adjoint(A.forward(ones)).reshape(size)
-    keep = torch.nonzero(gram > (size * torch.finfo(gram.dtype).eps) ** 2 * gram.max()).squeeze(-1)
-    s, index = gram[keep].sqrt(), scatter_index(keep, size)
-
-    def to_spectral(x: Tensor) -> Tensor:
-        return flatten_event(x, ndim).index_select(-1, keep)
-
-    def from_spectral(z: Tensor) -> Tensor:
-        return scatter(z, index).reshape((*z.shape[:-1], *A.in_shape))
-
-    return SVD(
-        s,
-        to_spectral,
-        from_spectral,
-        lambda y: to_spectral(A.adjoint(y)) / s.to(y),
-        lambda z: A.forward(from_spectral(z / s.to(z))),
-    )
-
-
-def _dense_svd(A: LinearOperator) -> SVD:
-    """Factorise the matrix in float64; values below the rounding of the largest are dropped."""
-    matrix = A.dense()
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    keep = s > max(matrix.shape) * torch.finfo(s.dtype).eps * s.max()
-    u, s, v = u[:, keep], s[keep], vh[keep].T.contiguous()
-    n_in, n_out = len(A.in_shape), len(A.out_shape)
-    return SVD(
-        s,
-        lambda x: flatten_event(x, n_in) @ v.to(x),
-        lambda z: (z @ v.T.to(z)).reshape((*z.shape[:-1], *A.in_shape)),
-        lambda y: flatten_event(y, n_out) @ u.to(y),
-        lambda z: (z @ u.T.to(z)).reshape((*z.shape[:-1], *A.out_shape)),
-    )

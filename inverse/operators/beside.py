@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from inverse.operators.algebra import Scaled, _require_linear
-from inverse.operators.base import SVD, LinearOperator, flatten_event, numel
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
 from inverse.operators.dense import Dense
+from inverse.operators.events import flatten_event, numel
 from ppl.errors import OptionError, ShapeError
 
 __all__ = ["Beside", "Zero", "beside"]

@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from inverse.operators.base import SVD, LinearOperator, flatten_event, numel, scatter, scatter_index
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
+from inverse.operators.events import flatten_event, numel, scatter, scatter_index
 from inverse.operators.fourier import hartley
 from ppl.errors import DataError, OptionError, ShapeError
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from inverse.operators.base import LinearOperator, flatten_event, numel
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import flatten_event, numel
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
 
 __all__ = ["Dense", "FunctionOperator", "probe_affine", "probe_linear"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inverse.operators.base import SVD, LinearOperator, flatten_event, numel
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
+from inverse.operators.events import flatten_event, numel
 from ppl.errors import OptionError, ShapeError
 
 __all__ = ["Downsample"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inverse.operators.base import SVD, LinearOperator, flatten_event, scatter, scatter_index
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
+from inverse.operators.events import flatten_event, scatter, scatter_index
 from ppl.errors import DataError, ShapeError
 
 __all__ = ["FourierMask", "conjugate_index", "hartley"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inverse.operators.base import LinearOperator, flatten_event, scatter, scatter_index
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import flatten_event, scatter, scatter_index
 from ppl.errors import DataError, ShapeError
 
 __all__ = ["Diagonal", "Identity", "Mask"]

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from inverse.operators.base import LinearOperator, scatter, scatter_index
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import scatter, scatter_index
 from ppl.errors import DataError, OptionError, ShapeError
 
 __all__ = ["MultiCoilMRI", "coil_sensitivities"]

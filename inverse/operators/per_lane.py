@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from inverse.operators.algebra import Compose, Scaled
-from inverse.operators.base import SVD, LinearOperator, _over_event, flatten_event, numel
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
 from inverse.operators.dense import Dense
+from inverse.operators.events import flatten_event, numel, over_event
 from inverse.operators.mask import Diagonal, Identity, Mask
 from ppl.errors import CapabilityError
 
@@ -99,7 +101,7 @@ class PerLane(LinearOperator):
         diagonal = self.gram_diagonal
         if diagonal is None:
             return super().solve_gram(r, noise_var, prior_var, tolerance=tolerance, max_steps=max_steps)
-        noise, prior = (_over_event(value, r, len(self.out_shape)) for value in (noise_var, prior_var))
+        noise, prior = (over_event(value, r, len(self.out_shape)) for value in (noise_var, prior_var))
         return r / (noise + prior * diagonal.to(r))
 
     def norm(self, *, steps: int = 200) -> Tensor:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inverse.operators.base import LinearOperator, flatten_event
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import flatten_event
 from ppl.errors import DataError, OptionError, ShapeError
 
 __all__ = ["Radon"]

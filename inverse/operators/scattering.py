@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from inverse.operators.base import numel
 from inverse.operators.dense import Dense
+from inverse.operators.events import numel
 from inverse.operators.nonlinear import NonlinearOperator
 from ppl.errors import OptionError
 

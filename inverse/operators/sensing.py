@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from inverse.operators.base import SVD, LinearOperator, flatten_event, numel, scatter, scatter_index
+from inverse.operators.base import LinearOperator
+from inverse.operators.decomposition import SVD
+from inverse.operators.events import flatten_event, numel, scatter, scatter_index
 from inverse.operators.transforms import cosine, hadamard, inverse_cosine
 from ppl.errors import OptionError, ShapeError
 

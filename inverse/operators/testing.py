@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from inverse.operators.base import LinearOperator, numel
+from inverse.operators.base import LinearOperator
+from inverse.operators.events import numel
 from ppl.errors import DataError, ShapeError
 
 __all__ = ["check_operator"]

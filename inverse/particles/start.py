@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inverse.operators.base import SVD
+from inverse.operators.decomposition import SVD
 from inverse.problem import DiffusionProblem
 
 __all__ = ["GaussianStart"]

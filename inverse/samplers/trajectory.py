@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from inverse.many import UnlikeError
-from inverse.operators.base import SVD
+from inverse.operators.decomposition import SVD
 from inverse.operators.per_lane import PerLane
 from inverse.problem import DiffusionProblem
 from inverse.samplers.door import TrajectorySampler
