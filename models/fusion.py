@@ -199,7 +199,8 @@ class Rangefinder(dist.TorchDistribution):
         good = -0.5 * ((value - self.range_) / sd).square() - sd.log() - 0.5 * math.log(2 * math.pi)
         never = torch.full_like(good, -math.inf)
         early = torch.where(value >= 0, -value, never)
-        random = torch.where((value >= 0) & (value <= FAR), never * 0 - math.log(FAR), never)
+        inside = (value >= 0) & (value <= FAR)
+        random = torch.where(inside, torch.full_like(good, -math.log(FAR)), never)
         parts = [p + math.log(s) for p, s in zip((good, early, random), SHARES, strict=True)]
         return torch.stack(torch.broadcast_tensors(*parts)).logsumexp(0)
 

@@ -20,7 +20,7 @@ from ppl.amortised.mixture_pairs import MixturePairs
 from ppl.amortised.pairs import givens
 from ppl.amortised.priors import MixtureLaw
 from ppl.amortised.transformer_fitted import FORM, FittedTransformer
-from ppl.amortised.transformer_training import TransformerTraining, judge_transformer
+from ppl.amortised.transformer_training import TransformerTraining, judge_transformer, knows_no_more
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
@@ -179,6 +179,10 @@ class DistributionTransformer:
         training.run(monitor, gradient_evals=self.batch)
         for note in pairs.notes:
             monitor.note(note)
+        if knows_no_more(training.averaged, training.scales, pairs):
+            monitor.note(
+                "the trained transformer knows no more than the prior: train longer (steps), or the data tell nothing"
+            )
         history = training.history[: training.step]
         return FittedTransformer(
             program=program,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl.amortised.family import recognise, singles_of
-from ppl.amortised.fitted import Fitted
+from ppl.amortised.fitted import Fitted, part_of
 from ppl.amortised.mixture import Mixture
 from ppl.amortised.mixture_pairs import MixturePairs
 from ppl.amortised.priors import MixtureLaw, MixturePriors, prior_of
@@ -235,6 +235,12 @@ class FittedTransformer(Fitted):
         known = None if law is None else dict(vars(law)) if isinstance(law, MixturePriors) else "own"
         return {"form": {n: getattr(self.options, n) for n in FORM}, "priors": known}
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain data and tensors from which `load` builds the same transformer again."""
+        meta, tensors = Fitted.state(self)
+        assert self.pairs is not None
+        return meta, {**tensors, "place.center": self.pairs.center, "place.scale": self.pairs.scale}
+
     @classmethod
     def load(cls, path: str | Path, program: Program, priors: MixtureLaw | None = None) -> FittedTransformer:
         """Read a file of `save`.
@@ -279,6 +285,9 @@ class FittedTransformer(Fitted):
         options: DistributionTransformer = DistributionTransformer(**meta["form"], priors=priors)
         pairs = options.pairs(program)
         built = build_transformer(options, pairs, torch.Generator(program.device).manual_seed(0))
+        # The law of priors stays where it was: the program may hold another prior now.
+        place = part_of(tensors, "place.", program.device)
+        pairs.center, pairs.scale = (place[n].to(program.dtype) for n in ("center", "scale"))
         loaded = cls.rebuilt(meta, tensors, program, built, options, pairs.mask, where)
         recognise(judge_transformer(built, loaded.scales, pairs, seed=1), loaded.loss, where)
         return replace(loaded, pairs=pairs)

@@ -20,7 +20,7 @@ from ppl.trace import seeded
 if TYPE_CHECKING:
     from ppl.amortised.transformer import DistributionTransformer
 
-__all__ = ["TransformerTraining", "build_transformer", "judge_transformer", "predict"]
+__all__ = ["TransformerTraining", "build_transformer", "judge_transformer", "knows_no_more", "predict"]
 
 
 def build_transformer(
@@ -56,10 +56,28 @@ def judge_transformer(network: nn.Module, scales: Scales, pairs: MixturePairs, s
     rows = judged_rows(pairs)
     raw = pairs.draw(rows, generator)
     z, y = (v.to(dtype_of(network)) for v in scales.standard(*raw))
-    with torch.no_grad():
-        parts = zip(z.split(512), y.split(512), strict=True)
-        loss = torch.cat([-whitened(network, scales, b)[1].log_prob(a) for a, b in parts]).double()
+    loss = _losses(network, scales, z, y)[1]
     return float(loss.mean()), float(loss.std()) / math.sqrt(rows), scales.distance(*raw)
+
+
+def knows_no_more(network: nn.Module, scales: Scales, pairs: MixturePairs) -> bool:
+    """Whether posteriors are no better, on fresh pairs and within two standard errors, than the prior."""
+    raw = pairs.draw(judged_rows(pairs), torch.Generator(pairs.program.device).manual_seed(2))
+    z, y = (v.to(dtype_of(network)) for v in scales.standard(*raw))
+    prior, posterior = _losses(network, scales, z, y)
+    gain = prior - posterior
+    return bool(gain.mean() < 2 * gain.std() / math.sqrt(len(gain)))
+
+
+def _losses(network: nn.Module, scales: Scales, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """-log q of prior and of posterior on standardised pairs, (rows,) each."""
+    with torch.no_grad():
+        parts = [
+            [-law.log_prob(a) for law in whitened(network, scales, b)]
+            for a, b in zip(z.split(512), y.split(512), strict=True)
+        ]
+    prior, posterior = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    return prior, posterior
 
 
 class TransformerTraining(Training):
