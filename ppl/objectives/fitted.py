@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ppl.errors import OptionError
 from ppl.objectives.context import Context
 from ppl.objectives.density import direct, reciprocal
 from ppl.objectives.engine import Engine
@@ -50,6 +52,39 @@ class FittedProgram(Fitted):
     """
 
     KIND: ClassVar[str] = "FittedProgram"
+
+    def module(self, name: str, network: torch.nn.Module) -> torch.nn.Module:
+        """A copy of a network that model or guide registered by `pyro.module(name, network)`, as it was learned.
+
+        Args:
+            name: its name there.
+            network: the network, which keeps its own weights.
+
+        Raises:
+            OptionError: no network of that name, or with other weights, was fitted.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, ppl
+            >>> net = torch.nn.Linear(1, 1)
+            >>> def model(y):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+            >>> def guide(y):
+            ...     pyro.module("net", net)
+            ...     pyro.sample("z", dist.Normal(net(y.reshape(1))[..., 0], 0.7))
+            >>> fitted = ppl.SVI(guide=guide, steps=3).fit(ppl.Program(model, torch.tensor(1.0)))
+            >>> learned = fitted.module("net", net)
+            >>> bool((learned.bias != net.bias).all()), bool((learned.bias == fitted.params["net$$$bias"]).all())
+            (True, True)
+        """
+        named = {**self.params, **self.parameters}
+        own = {k: named[f"{name}$$${k}"] for k, _ in network.named_parameters() if f"{name}$$${k}" in named}
+        if not own or {k: v.shape for k, v in own.items()} != {k: p.shape for k, p in network.named_parameters()}:
+            known = sorted({n.split("$$$")[0] for n in named if "$$$" in n})
+            raise OptionError(f"no network {name!r} with these weights was fitted; those that were are {known}")
+        learned = copy.deepcopy(network)
+        learned.load_state_dict({**learned.state_dict(), **own})
+        return learned
 
     @classmethod
     def load(cls, path: str | Path, program: Program, guide: Any) -> FittedProgram:
