@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from ppl.errors import TraceError
 from ppl.lower import Split, native, split_shared
-from ppl.passes import functional, no_raise, out_of_place, pin_types, simplify
+from ppl.passes import simplify
+from ppl.rewrites import functional, no_raise, out_of_place, pin_types
 
 __all__ = ["Batching", "Compile", "Inputs", "LaneFunction"]
 

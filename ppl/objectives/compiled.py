@@ -24,7 +24,8 @@ from ppl.graph import COMPILE_NODES, _close, _tolerance
 from ppl.lower import native
 from ppl.objectives.engine import Engine
 from ppl.objectives.tape import Layout, Tape
-from ppl.passes import functional, out_of_place, pin_types, simplify
+from ppl.passes import simplify
+from ppl.rewrites import functional, out_of_place, pin_types
 from ppl.trace import seeded, settings
 
 __all__ = ["Traced"]

@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl.errors import TraceError
 from ppl.graph import CAPTURE_AFTER, LaneFunction
-from ppl.passes import functional, no_raise, out_of_place, pin_types, simplify
+from ppl.passes import simplify
+from ppl.rewrites import functional, no_raise, out_of_place, pin_types
 
 F64 = torch.float64
 
