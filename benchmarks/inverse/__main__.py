@@ -14,6 +14,7 @@ from benchmarks.inverse.methods import Method, ours
 from benchmarks.inverse.problems import CELLS
 from benchmarks.inverse.records import DEFAULT, Records
 from benchmarks.inverse.run import Runner
+from benchmarks.inverse.speed_table import show_speed
 from benchmarks.inverse.table import show
 
 
@@ -41,14 +42,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=DEFAULT)
     parser.add_argument("--show", action="store_true", help="print what is on file, run nothing")
     parser.add_argument("--speed", type=int, nargs="?", const=5, default=0, help="the speed table, from so many pairs")
+    parser.add_argument("--compiled", action="store_true", help="in it, ours also with the network compiled: minutes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    methods = peers()
     if options.speed:
-        from benchmarks.inverse.speed import show_speed
-
-        show_speed(options.speed)
+        show_speed(options.speed, compiled=options.compiled)
         return
+    methods = peers()
     runner = Runner(Records(options.results), until=time.time() + 60 * options.minutes)
     cells = [CELLS[i] for i in options.cells]
     if not options.show:

@@ -13,7 +13,9 @@ from torch import Tensor
 import inverse
 import ppl
 from benchmarks.inverse.problems import Judge, Score, Task
+from inverse.guides import Guide
 from models.references import ExactProblem
+from sde import Ancestral
 
 Sample = Callable[..., Tensor]
 
@@ -53,10 +55,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Ours:
-    """A backend of this project at one setting; the fields are those of Method."""
+    """A backend of this project at one setting; the fields are those of Method.
+
+    Args:
+        name: in the table.
+        make: the backend.
+        chains: of backends whose draws follow each other: all of the draws are spread over so many, beyond `warmup`.
+        widest: largest dimension that it is run in.
+    """
 
     name: str
     make: Callable[[], ppl.Backend]
+    chains: int | None = None
+    widest: int = 800
     package: str = "pilotlight"
     default: str = "default"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"default": {}})
@@ -64,17 +75,44 @@ class Ours:
     def run(self, problem: ExactProblem, judge: Judge, setting: str, draws: int, seed: int) -> Score:
         """One scored run."""
         start = time.perf_counter()
-        posterior = ppl.infer(problem.program, self.make(), draws=draws, seed=seed)
+        each = draws if self.chains is None else draws // self.chains
+        posterior = ppl.infer(problem.program, self.make(), draws=each, chains=self.chains, seed=seed)
         seconds = time.perf_counter() - start
         return judge.score(posterior.flatten("x"), posterior.cost.denoiser_evals / draws, seconds)
 
 
+CHAINS = 50  # of backends whose draws follow each other: twenty draws of each, beyond the warmup
 RECOMMENDED = "TwistedSMC"
 FIFTY = "TwistedSMC, one run of 50 levels"
 
 
 def ours() -> list[Ours]:
     """Backends of this project, the recommended default first; `Exact` is the control."""
+
+    def guided(guide: Guide) -> Callable[[], ppl.Backend]:
+        return lambda: inverse.GuidedSampler(guide, Ancestral(), steps=100)
+
+    side_by_side: dict[str, Callable[[], ppl.Backend]] = {
+        "DDSMC": inverse.DDSMC,
+        "MCGdiff": inverse.MCGdiff,
+        "FPSSMC": inverse.FPSSMC,
+        "DCPS": inverse.DCPS,
+        "MGPS": inverse.MGPS,
+        "TMPD": guided(inverse.TMPDGuide()),
+        "LGD": guided(inverse.LGDGuide()),
+        "DAPS": inverse.DAPS,
+        "DDNM+": inverse.DDNM,
+        "ReSample": inverse.ReSample,
+        "MPGD": inverse.MPGD,
+        "FreeDoM": inverse.FreeDoM,
+    }
+    one_after_another: dict[str, Callable[[], ppl.Backend]] = {
+        "SplitGibbs": inverse.SplitGibbs,
+        "PnP-DM": inverse.PnPDM,
+        "DiffusionPCN": inverse.DiffusionPCN,
+        "AnnealedLangevin": inverse.AnnealedLangevin,
+        "ParallelTempering": inverse.ParallelTempering,
+    }
     return [
         Ours(RECOMMENDED, inverse.TwistedSMC),
         Ours(FIFTY, lambda: inverse.TwistedSMC(steps=50, runs=1)),
@@ -84,4 +122,6 @@ def ours() -> list[Ours]:
         Ours("DDRM", inverse.DDRM),
         Ours("DiffPIR", inverse.DiffPIR),
         Ours("DPS", inverse.DPS),
+        *(Ours(name, make, widest=80) for name, make in side_by_side.items()),
+        *(Ours(name, make, chains=CHAINS, widest=80) for name, make in one_after_another.items()),
     ]

@@ -60,13 +60,16 @@ class Runner:
 
     def ours(self, cell: Cell, methods: Sequence[Ours], *, first: bool) -> None:
         """Our backends: those with goals on all problems, or the others on those of the peers."""
-        for method in methods:
-            if (method.name in FIRST) == first:
-                for seed in range(cell.problems if first else _at_most(cell.best, method)):
+        chosen = [m for m in methods if (m.name in FIRST) == first and cell.dim <= m.widest]
+        for seed in range(cell.problems if first else cell.best):
+            for method in chosen:
+                if first or seed < _at_most(cell.best, method):
                     self.one("score", cell, method, method.default, seed)
 
     def tune(self, cell: Cell, peers: Sequence[Method]) -> None:
         """Every setting of every peer on the problems set apart."""
+        if cell.taken:
+            return
         for seed in cell.tuning_seeds(close=True):
             for method in peers:
                 if seed not in cell.tuning_seeds(close=method.close):
@@ -90,6 +93,13 @@ class Runner:
 
     def peers(self, cell: Cell, peers: Sequence[Method]) -> None:
         """Peers at their best, then at their defaults, problem by problem so that a stop leaves all with the same."""
+        if cell.taken:
+            by_name = {f"{m.package} {m.name}": m for m in peers}
+            for seed in range(cell.best):
+                for name, taken in cell.taken:
+                    if name in by_name:
+                        self.one("score", cell, by_name[name], taken, seed)
+            return
         for seed in range(cell.best):
             for method in peers:
                 setting = self.best(cell, method)

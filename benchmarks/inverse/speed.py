@@ -1,35 +1,31 @@
-"""Time per draw at equal steps with the shipped 28x28 network: each method of ours beside its twins.
+"""Each method of ours and its twins with the shipped 28x28 network, half the pixels of an image observed.
 
-Half the pixels of an image are observed. Packages take turns, so that the machine's mood is shared; the figure is the
-median over rounds of our time over that of the faster twin in the same round.
+`python -m benchmarks.inverse.speed <package>` runs those of one package on demand, in a process of its own: what one
+package does to the allocator or compiles is no help to another.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepinv
 import pyro
 import pyro.distributions as dist
 import torch
-from azula.guidance import DiffPIRDenoiser, DPSSampler, MMPSDenoiser, PGDMSampler
-from azula.linalg.covariance import IsotropicCovariance
-from azula.noise import VPSchedule
-from azula.sample import DDPMSampler, Sampler
 from torch import Tensor
 
 import inverse
 import models
 import ppl
-from benchmarks.inverse import peers_azula, peers_deepinv
+from benchmarks.inverse.speed_table import COMPILED, DRAWS, OURS, STEPS
 from inverse.operators import Mask
 from sde import DiffusionPrior
 
-STEPS, DRAWS, SIGMA, CG = 20, 16, 0.1, 3
+SIGMA, CG = 0.1, 3
 Run = Callable[[], object]
 
 
@@ -74,6 +70,9 @@ def ours(images: Images) -> dict[str, Run]:
 
 def of_deepinv(images: Images) -> dict[str, Run]:
     """Its samplers on images in [0, 1]."""
+    from benchmarks.inverse import peers_deepinv
+    from benchmarks.inverse.peers_deepinv import deepinv
+
     shape = (DRAWS, *images.prior.event_shape)
     noise = deepinv.physics.GaussianNoise(SIGMA / 2)
     mask = images.keep.reshape(images.prior.event_shape).float()
@@ -106,6 +105,13 @@ def of_deepinv(images: Images) -> dict[str, Run]:
 
 def of_azula(images: Images) -> dict[str, Run]:
     """Its samplers on rows of entries in [-1, 1]."""
+    from azula.guidance import DiffPIRDenoiser, DPSSampler, MMPSDenoiser, PGDMSampler
+    from azula.linalg.covariance import IsotropicCovariance
+    from azula.noise import VPSchedule
+    from azula.sample import DDPMSampler, Sampler
+
+    from benchmarks.inverse import peers_azula
+
     keep, y = images.keep, images.y
     denoiser = peers_azula.Denoiser(images, VPSchedule())  # type: ignore[arg-type]
     options: dict[str, Any] = {"steps": STEPS, "silent": True}
@@ -130,42 +136,28 @@ def of_azula(images: Images) -> dict[str, Run]:
     }
 
 
-def seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def show_speed(rounds: int) -> None:
-    """Print the table."""
+def problem(*, compile: bool = False) -> Images:
+    """The image that all packages are given half of, and the network."""
     generator = torch.Generator().manual_seed(0)
-    prior = models.load("fashion28x28")
     keep = torch.rand(28 * 28, generator=generator) < 0.5
     truth = torch.rand(28 * 28, generator=generator) * 2 - 1
     y = (truth + SIGMA * torch.randn(28 * 28, generator=generator))[keep]
-    images = Images(prior, keep, y)
-    packages = {"pilotlight": ours(images), "deepinv": of_deepinv(images), "azula": of_azula(images)}
-    print(f"milliseconds per draw: {DRAWS} draws of 28x28, {STEPS} steps, one thread, median of {rounds} rounds\n")
-    print("| method | pilotlight | deepinv | azula | ours over the faster | goal 0.9 | evals per draw |")
-    print("|---|---|---|---|---|---|---|")
-    for name in packages["pilotlight"]:
-        runs = {package: found[name] for package, found in packages.items() if name in found}
-        evals = {}
-        for package, run in runs.items():  # warm
-            images.evals = 0
-            run()
-            evals[package] = images.evals / DRAWS
-        times: dict[str, list[float]] = {package: [] for package in runs}
-        for _ in range(rounds):
-            for package, run in runs.items():
-                times[package].append(seconds(run))
-        peers = [times[p] for p in runs if p != "pilotlight"]
-        ratio = statistics.median(
-            mine / min(other) for mine, *other in zip(times["pilotlight"], *peers, strict=True)
-        )  # fmt: skip
-        shown = [
-            f"{1e3 * statistics.median(times[p]) / DRAWS:.0f}" if p in runs else "-" for p in packages
-        ]  # fmt: skip
-        verdict = "met" if ratio <= 0.9 else "NOT met"
-        counts = " / ".join(f"{evals[p]:.0f}" for p in runs)
-        print(f"| {name} | {' | '.join(shown)} | {ratio:.2f} | {verdict} | {counts} |", flush=True)
+    return Images(models.load("fashion28x28", compile=compile), keep, y)
+
+
+def serve(package: str) -> None:
+    """Run the methods whose names come in, one per line, and answer with processor seconds and evaluations per draw."""
+    torch.set_num_threads(1)
+    images = problem(compile=package == COMPILED)
+    runs = {OURS: ours, COMPILED: ours, "deepinv": of_deepinv, "azula": of_azula}[package](images)
+    print(json.dumps({"methods": list(runs)}), flush=True)
+    for line in sys.stdin:
+        images.evals = 0
+        start = time.process_time()
+        runs[line.strip()]()
+        seconds = time.process_time() - start
+        print(json.dumps({"seconds": seconds / DRAWS, "evals": images.evals / DRAWS}), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

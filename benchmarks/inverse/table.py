@@ -50,6 +50,9 @@ def rows(runner: Runner, cell: Cell, ours: Sequence[Ours], peers: Sequence[Metho
         settings = {"default": method.default} | ({f"best: {best}": best} if best not in (None, method.default) else {})
         if best == method.default:
             settings = {"default, the best": best}
+        taken = dict(cell.taken).get(f"{method.package} {method.name}")
+        if taken is not None:
+            settings = {f"taken: {taken}": taken}
         for label, setting in settings.items():
             assert setting is not None
             scores = runner.records.by_seed("score", cell.name, method.package, method.name, setting, runner.draws)
@@ -90,7 +93,8 @@ def matrix(found: dict[Cell, list[Row]]) -> list[str]:
         for cell in cells:
             lined = [row for row in found[cell] if row.label == label]
             default = next((_short(row.ratio) for row in lined if row.setting.startswith("default")), "-")
-            best = next((_short(row.ratio) for row in lined if "best" in row.setting), None)
+            chosen = (row for row in lined if "best" in row.setting or row.setting.startswith("taken"))
+            best = next((_short(row.ratio) for row in chosen), None)
             entries.append(default if best is None else f"{default} / {best}")
         lines.append(f"| {label} | {' | '.join(entries)} |")
     return lines
