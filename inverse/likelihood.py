@@ -66,11 +66,11 @@ class Likelihood:
         """The prior of every site, given the values of the others."""
         fixed = all(self.program.sites[n].static for n in self.sites) or not self.given
         if fixed:
-            return [unwrap(self.program.sites[n].distribution) for n in self.sites]
+            return [_law(self.program.sites[n].distribution) for n in self.sites]
         zero = torch.zeros(self.shape, dtype=self.program.dtype, device=self.program.device)
         with torch.no_grad():
             nodes = self.observe(zero, scored=True).nodes
-        return [unwrap(nodes[n]["fn"]) for n in self.sites]
+        return [_law(nodes[n]["fn"]) for n in self.sites]
 
     def observe(self, x: Tensor, scored: bool = False) -> Any:
         """Pyro's trace of one run with the sites set to x; their distributions are in it only when scored."""
@@ -84,7 +84,7 @@ class Likelihood:
         """A point of the size of the prior, zero, and another point, each (*shape)."""
         program = self.program
         generator = torch.Generator(program.device).manual_seed(0)
-        priors = [unwrap(program.sites[n].distribution) for n in self.sites]
+        priors = [_law(program.sites[n].distribution) for n in self.sites]
         dtype = getattr(priors[0], "dtype", program.dtype)
 
         def draw() -> Tensor:
@@ -143,7 +143,13 @@ class Likelihood:
 
 def diffusion_sites(program: Program) -> list[str]:
     """Names of the latent sites that can be denoised."""
-    return [n for n, c in program.capabilities.items() if "denoiser" in c]
+    return [n for n, c in program.capabilities.items() if c & {"denoiser", "condition_linear"}]
+
+
+def _law(fn: Any) -> Any:
+    """A site's distribution; of a linear path, its Gaussian law."""
+    base = unwrap(fn)
+    return base.gaussian() if "path" in base.capabilities else base
 
 
 def read_likelihood(program: Program, site: str | None = None, given: Mapping[str, Tensor] | None = None) -> Likelihood:

@@ -9,6 +9,7 @@ engine.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sde.incomplete_gamma import Array, constant
 from sde.increments import Increments, starts_random
+from sde.mixture import GaussianMixture
 from sde.prior import can_look
 from sde.process import Process
 
@@ -110,8 +112,47 @@ class Path(TorchDistribution):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Every path has a noise space; a density where all states are seen."""
-        return frozenset({"noise_space", "path"} | ({"log_prob"} if self._has_density else set()))
+        """Every path has a noise space; a density where all states are seen; a linear one is Gaussian."""
+        density = {"log_prob"} if self._has_density else set()
+        gaussian = {"condition_linear"} if can_look(self.initial) and self.is_linear else set()
+        return frozenset({"noise_space", "path"} | density | gaussian)
+
+    @cached_property
+    def is_linear(self) -> bool:
+        """Whether the path is linear in its noise, found at three probes, so that it is a Gaussian vector."""
+        z = torch.randn(2, *self.noise_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        z = torch.cat([z, z.sum(0, keepdim=True), torch.zeros_like(z[:1])]).to(self.initial)
+        if self.batch_shape:
+            z = z.reshape(4, *(1,) * len(self.batch_shape), -1)
+        with torch.no_grad():
+            one, other, both, origin = self.from_noise(z)
+        error, scale = (both - one - other + origin).abs().max(), (both - origin).abs().max()
+        return bool(error <= (1e-9 if self.dtype == torch.float64 else 1e-4) * scale)
+
+    def gaussian(self) -> GaussianMixture:
+        """The exact law of a linear path, with everything that conditions a Gaussian: one component over (n, d).
+
+        Raises:
+            ValueError: drift or diffusion are not linear in the state, or there is a batch shape.
+
+        Example:
+            >>> law = Path(Process(lambda x, t: -x), torch.tensor([0.5, 1.0])).gaussian()
+            >>> [round(v, 3) for v in law.variance[:, 0].tolist()]
+            [0.5, 0.625]
+        """
+        if self.batch_shape or not self.is_linear:
+            raise ValueError(
+                f"this path has no Gaussian law: it must be linear in its noise, without a batch shape, got batch shape "
+                f"{tuple(self.batch_shape)}; run ppl.NoiseSpace(engine)"
+            )
+        size = self.noise_shape.numel()
+        basis = torch.cat([torch.zeros(1, size), torch.eye(size)]).to(self.initial)
+        with torch.no_grad():
+            x = self.from_noise(basis).double()
+        columns = (x[1:] - x[0]).flatten(1)
+        covariance = columns.mT @ columns
+        mean, one = x[:1].to(self.dtype), torch.ones(1, dtype=self.dtype, device=self.device)
+        return GaussianMixture(one, mean, covariance[None].to(self.dtype))
 
     @property
     def _has_density(self) -> bool:
