@@ -44,10 +44,11 @@ A text before a colon is the name in the table. Ctrl-C keeps the backends that a
   pilotlight train digits --steps 500     a short run, to see that it works
   pilotlight train --program my_module:my_problem --out amortised.safetensors
   pilotlight train --program my_module:my_problem --option width=256 --option depth=4 --steps 8000
+  pilotlight train --program my_module:my_problem --backend ppl.DistributionTransformer --option components=3
   pilotlight train --program my_module:my_problem --start amortised.safetensors --out better.safetensors
 
-A run that was stopped goes on from its checkpoint. Then: models.load("digits8x8", folder="priors"). With --program, a
-denoiser is trained on simulations of the program, for any data: pilotlight infer ... --backend FILE""",
+A run that was stopped goes on from its checkpoint. Then: models.load("digits8x8", folder="priors"). With --program,
+a denoiser or a transformer is trained on simulations of the program, for any data: pilotlight infer --backend FILE""",
     "priors": """examples:
   pilotlight priors
   pilotlight priors digits8x8             everything that is known about one""",
@@ -171,8 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--program", metavar="module:function", help="function that returns a program to be simulated")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of that function")
     train.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of inverse.AmortisedDenoiser"
+        "--backend",
+        help='inverse.AmortisedDenoiser (default), or "ppl.DistributionTransformer(priors=ppl.MixturePriors())"',
     )
+    train.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of that backend")
     train.add_argument("--start", type=Path, help="file of an earlier training of the program to go on from")
     train.add_argument("--seed", type=int, default=0, help="of the training of a program")
     train.add_argument(

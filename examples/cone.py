@@ -61,7 +61,7 @@ for name, (objective, guide) in objectives.items():
 
 # %% figure: the bounds as they rise, and draws of the guides on the posterior
 
-figure, axes = plt.subplots(1, 5, figsize=(15, 3.1), width_ratios=[1.4, 1, 1, 1, 1])
+figure, axes = plt.subplots(1, 5, figsize=(15, 3.2), width_ratios=[1.3, 1, 1, 1, 1], layout="constrained")
 side = torch.linspace(-3.2, 3.2, 160, dtype=torch.float64)
 x, y = torch.meshgrid(side, side, indexing="xy")
 density = program.log_joint({"x": x.reshape(-1), "y": y.reshape(-1)}).reshape(x.shape).exp()
@@ -75,5 +75,4 @@ for i, (axis, (name, (fitted, bound))) in enumerate(zip(axes[1:], found.items(),
 axes[0].axhline(-5.32323, color="k", lw=0.8, ls="--", label="log p(z), by quadrature")
 axes[0].set(xlabel="step", ylabel="bound", ylim=(-14, -4.5))
 axes[0].legend(fontsize=7, frameon=False)
-figure.tight_layout()
 figure.savefig("cone.png", dpi=150)

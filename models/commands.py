@@ -110,9 +110,21 @@ def _named(text: str) -> tuple[str, str]:
     return text.removeprefix("inverse.").removeprefix("ppl."), text
 
 
+TRAINED = {"FittedDenoiser": "inverse.AmortisedDenoiser", "FittedTransformer": "ppl.DistributionTransformer"}
+
+
 def _trained(text: str) -> str:
     """The text of a backend; a file of `pilotlight train --program` is one."""
-    return f"inverse.AmortisedDenoiser(file={text!r})" if text.endswith(".safetensors") else text
+    return f"{_trainer(Path(text))}(file={text!r})" if text.endswith(".safetensors") else text
+
+
+def _trainer(path: Path) -> str:
+    """The backend that trained a file; that of denoisers, for its own error, where the file is of neither."""
+    from ppl.storage import load_tensors
+
+    meta = load_tensors(path)[1] if path.is_file() else None
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    return TRAINED.get(str(kind), TRAINED["FittedDenoiser"])
 
 
 def train(options: Namespace) -> int:
@@ -125,8 +137,8 @@ def train(options: Namespace) -> int:
         raise OptionError(f"steps must be one or more, got {options.steps}")
     if options.program is not None:
         return _train_program(options)
-    if options.set or options.option or options.start:
-        raise OptionError("--set, --option and --start belong to --program")
+    if options.set or options.option or options.start or options.backend:
+        raise OptionError("--set, --option, --start and --backend belong to --program")
     return _train_prior(options)
 
 
@@ -136,16 +148,22 @@ def _train_program(options: Namespace) -> int:
     import inverse
     import ppl
     from ppl.backend_text import backend_from_text
+    from ppl.errors import OptionError
 
     problem = _problem(options)
-    start, given = None, list(options.option)
+    start: Any = None
+    text, given = options.backend or TRAINED["FittedDenoiser"], list(options.option)
     if options.start is not None:
-        start = inverse.FittedDenoiser.load(options.start, problem.program)
-        given = [f"width={start.options.width}", f"depth={start.options.depth}", *given]
+        text = options.backend or _trainer(options.start)
+        transformer = text.partition("(")[0].endswith("DistributionTransformer")
+        kind: Any = ppl.FittedTransformer if transformer else inverse.FittedDenoiser
+        start = kind.load(options.start, problem.program)
+        given = [*(f"{n}={getattr(start.options, n)!r}" for n in kind.FORM), *given]
     if options.steps is not None:
         given.append(f"steps={options.steps}")
-    backend = backend_from_text("inverse.AmortisedDenoiser", _modules(), given)
-    assert isinstance(backend, inverse.AmortisedDenoiser)
+    backend: Any = backend_from_text(text, _modules(), given)
+    if not isinstance(backend, inverse.AmortisedDenoiser | ppl.DistributionTransformer):
+        raise OptionError(f"--backend must be one of {', '.join(TRAINED.values())}, got {text!r}")
     out = options.out or Path("amortised.safetensors")
     generator = torch.Generator(problem.program.device).manual_seed(options.seed)
     monitor = ppl.Monitor(
@@ -164,7 +182,7 @@ def _train_program(options: Namespace) -> int:
     monitor.done()
     for note in monitor.notes:
         print(f"note: {note}")
-    print(f"wrote {out}: loss {fitted.loss[0]:.4f} on fresh simulations (1 is that of an untrained network)")
+    print(f"wrote {out}: loss {fitted.loss[0]:.4f} ± {fitted.loss[1]:.4f} on fresh simulations")
     if not fitted.complete:
         print("interrupted: the same command goes on from the checkpoint")
         return 130

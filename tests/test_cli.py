@@ -198,6 +198,26 @@ def test_train_a_program_and_infer_with_the_file(here, capsys):
     assert len(loaded.history) == 220
 
 
+def test_train_a_transformer_and_go_on(here, capsys):
+    text = "ppl.DistributionTransformer(2, 8, 2, 1, 8, batch=32)"
+    assert (
+        run("train", "--program", "my_programs:program", "--backend", text, "--steps", "60", "--out", "t.safetensors")
+        == 0
+    )
+    assert (
+        run("infer", "my_programs:program", "--backend", "t.safetensors", "--draws", "200", "--out", "posterior.nc")
+        == 0
+    )
+    assert ppl.Posterior.load("posterior.nc").attrs["backend"] == "DistributionTransformer"
+    again = ["--start", "t.safetensors", "--steps", "10", "--option", "batch=16", "--out", "u.safetensors"]
+    assert run("train", "--program", "my_programs:program", *again) == 0
+    loaded = ppl.FittedTransformer.load("u.safetensors", ppl.Program(_normal, torch.tensor(0.0)))
+    assert len(loaded.history) == 70
+    capsys.readouterr()
+    assert run("train", "--program", "my_programs:program", "--backend", "ppl.NUTS") == 2
+    assert "--backend must be one of" in capsys.readouterr().err
+
+
 def _normal(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x, 1.0), obs=y)

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class FittedDenoiser(Fitted):
         >>> means[0] < -0.5 < 0.5 < means[1]                              # exact: -1 and 1
         True
     """
+
+    FORM: ClassVar[tuple[str, ...]] = ("width", "depth")
 
     def sample(
         self, program: Program, draws: int, generator: torch.Generator, monitor: Monitor

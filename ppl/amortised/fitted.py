@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Fitted:
         mask: (data_dim,) which data are seen.
         given: names of the model's other inputs, and a hash of their values.
     """
+
+    FORM: ClassVar[tuple[str, ...]] = ()  # options on which the form of the network depends
 
     program: Program
     network: nn.Module

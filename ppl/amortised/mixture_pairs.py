@@ -133,7 +133,7 @@ class MixturePairs(Pairs):
         z, _ = self._rows(MEASURED, torch.Generator(self.program.device).manual_seed(0))
         low, middle, high = torch.nanquantile(z.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), 0).to(z)
         spread = (high - low) / DECILES
-        return middle, torch.where(spread > 0, spread, torch.ones_like(spread))
+        return middle + 0.0, torch.where(spread > 0, spread, torch.ones_like(spread))
 
     def _check_law(self, law: MixtureLaw) -> None:
         """The law gives mixtures of the right form."""

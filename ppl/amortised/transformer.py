@@ -19,7 +19,7 @@ from ppl.amortised.fitted import run_chains
 from ppl.amortised.mixture_pairs import MixturePairs
 from ppl.amortised.pairs import givens
 from ppl.amortised.priors import MixtureLaw
-from ppl.amortised.transformer_fitted import FORM, FittedTransformer
+from ppl.amortised.transformer_fitted import FittedTransformer
 from ppl.amortised.transformer_training import TransformerTraining, judge_transformer, knows_no_more
 from ppl.backend import register
 from ppl.cost import Cost
@@ -133,7 +133,7 @@ class DistributionTransformer:
                     f"there is no file {self.file}; train it: DistributionTransformer(...).fit(program).save(file)"
                 )
             loaded = FittedTransformer.load(self.file, program, _own_law(self.priors))
-            as_trained = {n: getattr(loaded.options, n) for n in (*FORM, "priors")}
+            as_trained = {n: getattr(loaded.options, n) for n in FittedTransformer.FORM}
             fitted = replace(loaded, options=replace(self, **as_trained))
             return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
 
@@ -170,8 +170,8 @@ class DistributionTransformer:
         pairs = self.pairs(program, monitor.cost)
         begun = None
         if start is not None:
-            ours, theirs = ({n: getattr(o, n) for n in FORM} for o in (self, start.options))
-            if ours != theirs or (self.priors is None) != (start.options.priors is None):
+            ours, theirs = ({n: getattr(o, n) for n in start.FORM} for o in (self, start.options))
+            if ours != theirs:
                 raise OptionError(f"cannot go on from a network of the form {theirs} with {ours}; use the same options")
             start.check([program])
             begun = (start.network, start.scales)

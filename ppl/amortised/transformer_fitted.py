@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["FittedTransformer"]
 
 ROWS_AT_ONCE = 4096
-FORM = ("components", "width", "heads", "depth", "feedforward", "prior_sites", "rows")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +59,10 @@ class FittedTransformer(Fitted):
         >>> bool((posterior.mean("mu") + 0.6).abs() < 0.1)                     # exact: (-1 * 4 + 1 * 1) / 5
         True
     """
+
+    FORM: ClassVar[tuple[str, ...]] = (
+        "components", "width", "heads", "depth", "feedforward", "prior_sites", "rows", "priors",
+    )  # fmt: skip
 
     prior: Mixture | None = field(default=None, repr=False)
     pairs: MixturePairs | None = field(default=None, repr=False)
@@ -151,7 +154,7 @@ class FittedTransformer(Fitted):
 
         def density(i: int) -> Callable[[FlatDensity, Tensor], Tensor]:
             def value(flat: FlatDensity, z: Tensor) -> Tensor:
-                likelihood = in_chunks(lambda part: TemperedDensity(flat.program).split(part)[1], z, LANES)
+                likelihood = in_chunks(TemperedDensity(flat.program).split, z, LANES)[1]
                 return priors[i].log_prob(z) + likelihood
 
             return value
@@ -233,7 +236,7 @@ class FittedTransformer(Fitted):
         """Form of the network, and the law of priors where it is ours."""
         law = self.options.priors
         known = None if law is None else dict(vars(law)) if isinstance(law, MixturePriors) else "own"
-        return {"form": {n: getattr(self.options, n) for n in FORM}, "priors": known}
+        return {"form": {n: getattr(self.options, n) for n in self.FORM[:-1]}, "priors": known}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain data and tensors from which `load` builds the same transformer again."""

@@ -236,7 +236,7 @@ def test_bad_priors(fitted: FittedTransformer) -> None:
         fitted.mixture(prior=Mixture(torch.full((5,), 0.2), torch.zeros(5, 1), torch.ones(5, 1, 1)), y=y)
     with pytest.raises(OptionError, match="sum to one"):
         fitted.mixture(prior=Mixture(torch.ones(2), torch.zeros(2, 1), torch.ones(2, 1, 1)), y=y)
-    with pytest.raises(ShapeError, match="3 priors"):
+    with pytest.raises(ShapeError, match=r"\(3,\) priors"):
         fitted.mixture(prior=problems(fitted, 3)[0], y=y)
     with pytest.raises(ShapeError, match="expected data"):
         fitted.mixtures(x=y[None])
