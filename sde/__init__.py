@@ -63,6 +63,7 @@ __all__ = [
     "innovations",
     "log_grid",
     "sample",
+    "solve_torchsde",
     "training_levels",
     "whittle_log_likelihood",
 ]
@@ -107,6 +108,7 @@ from sde.schedule import (
     edm_grid,
     log_grid,
 )
+from sde.solve import solve_torchsde
 from sde.solvers import (
     DDIM,
     Ancestral,

@@ -142,8 +142,8 @@ class Path(TorchDistribution):
         """
         if self.batch_shape or not self.is_linear:
             raise ValueError(
-                f"this path has no Gaussian law: it must be linear in its noise, without a batch shape, got batch shape "
-                f"{tuple(self.batch_shape)}; run ppl.NoiseSpace(engine)"
+                f"this path has no Gaussian law: it must be linear in its noise, without a batch shape, got batch "
+                f"shape {tuple(self.batch_shape)}; run ppl.NoiseSpace(engine)"
             )
         size = self.noise_shape.numel()
         basis = torch.cat([torch.zeros(1, size), torch.eye(size)]).to(self.initial)
