@@ -48,6 +48,16 @@ def test_cells_keep_tuning_problems_apart_from_scored_ones():
     assert not torch.allclose(scored.matrix, tuned.matrix)
 
 
+def test_where_nothing_is_tuned_peers_run_at_the_setting_they_are_given(tmp_path):
+    cell = dataclasses.replace(MIXTURE, tuning=0, defaults=0, taken=(("peer Shifted", "less"),))
+    runner = Runner(Records(tmp_path / "results.jsonl"), draws=DRAWS, tuning_draws=DRAWS)
+    runner.tune(cell, PEERS)
+    runner.peers(cell, PEERS)
+    assert [(key.phase, key.method, key.setting) for key in runner.records.scores] == [("score", "Shifted", "less")]
+    (row,) = rows(runner, cell, [], PEERS)
+    assert row.setting == "taken: less"
+
+
 def test_exact_draws_score_at_the_floor():
     """Bounds are five standard errors: 1e-5 over both problems and all columns."""
     for cell in (GAUSSIAN, MIXTURE):

@@ -72,8 +72,8 @@ CELLS = [
     *(Cell(8, m, closer=4) for m in (1, 2, 4)),
     *(Cell(80, m, defaults=5, closer=4) for m in (1, 2, 4)),
     Cell(800, 1, problems=6, best=2, defaults=1, tuning=1),  # minutes per run
-    Cell(800, 2, problems=6, best=2, taken=_TWO),
-    Cell(800, 4, problems=6, best=2, taken=_FOUR),
+    Cell(800, 2, problems=6, best=2, defaults=0, tuning=0, taken=_TWO),
+    Cell(800, 4, problems=6, best=2, defaults=0, tuning=0, taken=_FOUR),
 ]
 
 

@@ -68,8 +68,6 @@ class Runner:
 
     def tune(self, cell: Cell, peers: Sequence[Method]) -> None:
         """Every setting of every peer on the problems set apart."""
-        if cell.taken:
-            return
         for seed in cell.tuning_seeds(close=True):
             for method in peers:
                 if seed not in cell.tuning_seeds(close=method.close):
@@ -85,7 +83,7 @@ class Runner:
             )
             for setting in method.settings
         }  # fmt: skip
-        found = {setting: scores for setting, scores in found.items() if len(scores) >= cell.tuning}
+        found = {setting: scores for setting, scores in found.items() if len(scores) >= max(cell.tuning, 1)}
         if method.default not in found:
             return None
         common = set.intersection(*(set(scores) for scores in found.values()))
