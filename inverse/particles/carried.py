@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inverse.chunks import Chunks
 from inverse.guides import Guided, PiGDMGuide
 from inverse.guides.base import denoise_with_vjp
+from inverse.guides.moment_matching import rows_of
+from inverse.particles.closure import closed_covariance
 from inverse.particles.guided import GuidedKernel, Led
 from inverse.particles.lane_likelihood import LaneReader, Lanes, walk, walk_noise
 from inverse.particles.lane_twist import SMALL, FactoredTwist, SpectralTwist, log_normal, log_normaliser
@@ -44,8 +47,13 @@ class CarriedProblem(DiffusionProblem):
 
     @property
     def closed(self) -> bool:
-        """Whether particles move by the closure."""
-        return "exact_covariance" in self.prior.capabilities and self.reader.data.numel() <= SMALL
+        """Whether particles can move by the closure of an exact covariance."""
+        return "exact_covariance" in self.prior.capabilities and self.small
+
+    @property
+    def small(self) -> bool:
+        """Whether the covariance of the data can be factored for every particle."""
+        return self.reader.data.numel() <= SMALL
 
     def rows(self, x: Tensor, z: Tensor) -> Tensor:
         """x (particle, *shape) and z (particle, dim) as rows."""
@@ -107,16 +115,25 @@ class Carried:
 class CarriedClosure:
     """The moment-closure kernel with a likelihood for every particle; see `closure.ClosureKernel` for the step.
 
+    A network's covariance has its columns along what is measured at the reference parameters and a few random ones. It
+    does not depend on the parameters, so that moves of them ask for no denoiser call there either.
+
     Args:
         problem: prior and reader.
         sigmas: (levels + 1,) noise levels, the last exactly zero.
         sweeps: of the parameters at every level.
+        random: random directions for a network's covariance.
+        chunk: particles per call of a network.
     """
 
-    def __init__(self, problem: CarriedProblem, sigmas: Tensor, sweeps: int) -> None:
+    def __init__(
+        self, problem: CarriedProblem, sigmas: Tensor, sweeps: int, random: int = 2, chunk: int | None = None
+    ) -> None:
         self.problem, self.sigmas, self.reader = problem, sigmas, problem.reader
         self.steps = sweeps * self.reader.dim
         self.twist = FactoredTwist(self.reader)
+        self.random, self.chunks = random, Chunks(chunk)
+        self.rows = rows_of(self.reader.gaussian.operator, problem)[:, 0]
 
     @property
     def levels(self) -> int:
@@ -166,7 +183,7 @@ class CarriedClosure:
 
     def _look(self, x: Tensor, z: Tensor, level: int, noise: Tensor | None) -> Carried:
         """The population at a level: one denoiser call, then moves of the parameters."""
-        covariance = self.problem.prior.covariance(x, self.sigmas[level])
+        covariance = closed_covariance(self.problem, x, self.sigmas[level], self.rows, self.random, self.chunks)
         twist, own = self.twist, self.reader.form == "own"
         lane = self.reader(z)
         towards = twist.towards(lane, covariance)
@@ -211,7 +228,9 @@ class CarriedClosure:
         mean = (seen @ delta.flatten(1)[..., None])[..., 0]
         gram = s.gram - s.towards @ seen.mT
         gram = (gram + gram.mT) / 2 + torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-        return log_normaliser(s.lane) + log_normal(s.residual - mean, torch.linalg.cholesky(gram))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor = torch.where((failed > 0)[:, None, None], torch.nan, factor)
+        return log_normaliser(s.lane) + log_normal(s.residual - mean, factor)
 
 
 class CarriedGuide(GuidedKernel):

@@ -30,7 +30,7 @@ from ppl.cost import Cost
 from ppl.errors import CapabilityError, OptionError
 from sde import DenseCovariance, LowRankCovariance, NetworkCovariance, SubspaceCovariance
 
-__all__ = ["ClosureKernel", "MomentClosure"]
+__all__ = ["ClosureKernel", "MomentClosure", "closed_covariance"]
 
 Covariance = SubspaceCovariance | DenseCovariance | LowRankCovariance
 
@@ -152,7 +152,8 @@ class ClosureKernel:
 
     def at(self, x: Tensor, level: int) -> Closure:
         """The population of particles x at a level: the only denoiser call of a step."""
-        covariance = self._covariance(x, level)
+        sigma = self.sigmas[level]
+        covariance = closed_covariance(self.problem, x, sigma, self.rows[:, 0], self.random, self.chunks)
         rows = self.rows.expand(len(self.rows), *x.shape)
         towards = covariance.matvec(rows)
         gram = self._measure(towards).movedim(0, -1)
@@ -184,25 +185,6 @@ class ClosureKernel:
         """Draws of the closure given the data."""
         return self._draw(population, generator)
 
-    def _covariance(self, x: Tensor, level: int) -> Covariance:
-        """C in closed form."""
-        prior, sigma = self.problem.prior, self.sigmas[level]
-        if "exact_covariance" in prior.capabilities:
-            return prior.covariance(x, sigma)
-
-        def parts(x: Tensor) -> tuple[Tensor, ...]:
-            network = prior.covariance(x, sigma)
-            if not isinstance(network, NetworkCovariance):
-                raise CapabilityError(
-                    f"the closure needs a prior with an exact covariance or one of networks alone, got {prior!r}; use "
-                    "another guide, such as inverse.PiGDMGuide()"
-                )
-            c = network.low_rank(self.rows[:, 0], self.random)
-            return c.mean, c.values, c.vectors, c.outside
-
-        mean, values, vectors, outside = self.chunks(parts, x)
-        return LowRankCovariance(mean, prior.event_shape, values, vectors, outside)
-
     def _draw(self, s: Closure, generator: torch.Generator) -> Tensor:
         """Matheron: u + C B^T S^{-1} (d - B u - n), u ~ N(D, C)."""
         particles = len(s.x)
@@ -227,6 +209,40 @@ class ClosureKernel:
     def _measure(self, v: Tensor) -> Tensor:
         """B v with the data axes flattened: (m, particle, *site) -> (m, particle, m)."""
         return self.gaussian.operator(v).reshape(*v.shape[:2], -1)
+
+
+def closed_covariance(
+    problem: DiffusionProblem, x: Tensor, sigma: Tensor, rows: Tensor, random: int, chunks: Chunks
+) -> Covariance:
+    """C in closed form: the prior's own, or that of a network from its columns along `rows` and a few random ones.
+
+    Args:
+        problem: says the prior.
+        x: (particle, *site).
+        sigma: noise level.
+        rows: (m, *site) measured directions, the same for all particles.
+        random: random directions.
+        chunks: splits calls of a network.
+
+    Raises:
+        CapabilityError: the prior joins networks with exact priors.
+    """
+    prior = problem.prior
+    if "exact_covariance" in prior.capabilities:
+        return prior.covariance(x, sigma)
+
+    def parts(x: Tensor) -> tuple[Tensor, ...]:
+        network = prior.covariance(x, sigma)
+        if not isinstance(network, NetworkCovariance):
+            raise CapabilityError(
+                f"the closure needs a prior with an exact covariance or one of networks alone, got {prior!r}; use "
+                "another guide, such as inverse.PiGDMGuide()"
+            )
+        c = network.low_rank(rows, random)
+        return c.mean, c.values, c.vectors, c.outside
+
+    mean, values, vectors, outside = chunks(parts, x)
+    return LowRankCovariance(mean, prior.event_shape, values, vectors, outside)
 
 
 def _log_normal(residual: Tensor, factor: Tensor) -> Tensor:

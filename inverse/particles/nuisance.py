@@ -19,7 +19,9 @@ from torch import Tensor
 
 from inverse.particles.backend import ParticleBackend
 from inverse.particles.carried import CarriedClosure, CarriedGuide, CarriedProblem
+from inverse.particles.closure import MomentClosure
 from inverse.particles.core import Kernel
+from inverse.particles.lane_twist import SMALL
 from inverse.problem import DiffusionProblem
 from ppl.backend import register
 from ppl.cost import Cost
@@ -37,9 +39,10 @@ class NuisanceSMC(ParticleBackend):
     """Twisted SMC on diffusion sites together with the other continuous latents of a program, all in one population.
 
     For linear Gaussian data whose noise, gain, offset or operator depend on nuisance parameters that have a prior of
-    their own. With up to 64 measurements and an exact covariance particles move by the moment closure; otherwise they
-    are led by PiGDM in a solver. Beyond 64 measurements noise and gain must change by one factor for all of them; an
-    operator that depends on the parameters itself, such as a blur width, must be small (2^16 entries).
+    their own. With up to 64 measurements and an exact covariance, or with `guide=MomentClosure()` for a network,
+    particles move by the moment closure; otherwise they are led by PiGDM in a solver. Beyond 64 measurements noise and
+    gain must change by one factor for all of them; an operator that depends on the parameters itself, such as a blur
+    width, must be small (2^16 entries).
 
     Args:
         steps: noise levels; None takes the prior's own number.
@@ -49,6 +52,8 @@ class NuisanceSMC(ParticleBackend):
         chunk: particles per guide call; changes memory, nothing else.
         moves: Metropolis sweeps over the parameters at every noise level; they cost no denoiser calls.
         solver: the stochastic solver of led particles.
+        guide: `MomentClosure()` moves particles of networks by the closure as well, with a vjp per measurement and
+            random direction, for up to 64 measurements; None leads them.
 
     Raises:
         OptionError: an option is out of range.
@@ -72,6 +77,7 @@ class NuisanceSMC(ParticleBackend):
 
     moves: int = 4
     solver: Solver = field(default_factory=DPMSolver2MSDE)
+    guide: MomentClosure | None = None
 
     exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
 
@@ -79,6 +85,8 @@ class NuisanceSMC(ParticleBackend):
         super().__post_init__()
         if self.moves < 1:
             raise OptionError(f"moves must be one or more sweeps per noise level, got {self.moves}")
+        if self.guide is not None and not isinstance(self.guide, MomentClosure):
+            raise OptionError(f"guide must be MomentClosure() or None, which leads by PiGDM, got {self.guide!r}")
 
     def problem(self, program: Program) -> CarriedProblem:
         """The problem at a reference value of the parameters, with their reader."""
@@ -86,13 +94,23 @@ class NuisanceSMC(ParticleBackend):
 
     def levels(self, problem: DiffusionProblem) -> Tensor:
         """Noise levels: the prior's own for the closure, which draws its last step; lower ones for led particles."""
-        closed = isinstance(problem, CarriedProblem) and problem.closed
+        closed = isinstance(problem, CarriedProblem) and self._closed(problem)
         return problem.prior.sigmas(self.steps) if closed else super().levels(problem)
+
+    def _closed(self, problem: CarriedProblem) -> bool:
+        """Whether particles move by the closure."""
+        if self.guide is not None and not problem.small:
+            raise OptionError(
+                f"MomentClosure() factors the covariance of up to {SMALL} measurements for every particle, got "
+                f"{problem.reader.data.numel()}; leave guide=None, which leads by PiGDM"
+            )
+        return problem.closed or self.guide is not None
 
     def kernel(self, problem: DiffusionProblem, cost: Cost) -> Kernel[Any]:
         """The closure, or led particles."""
         assert isinstance(problem, CarriedProblem)
         levels = self.levels(problem)
-        if problem.closed:
-            return CarriedClosure(problem, levels, self.moves)
+        if self._closed(problem):
+            random = MomentClosure().random if self.guide is None else self.guide.random
+            return CarriedClosure(problem, levels, self.moves, random, self.chunk)
         return CarriedGuide(problem, levels, self.moves, self.solver, self.chunk, cost)
