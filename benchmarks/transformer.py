@@ -149,7 +149,7 @@ def gp() -> None:
     """Predictive and lengthscale of a Gaussian process against quadrature, weighted draws by the program's density."""
     program = gp_predictive()
     size = {"components": 8, "width": 64, "depth": 4, "feedforward": 128}
-    fitted = train(program, rows=("x", "y"), steps=2000, batch=256, **size)
+    fitted = train(program, rows=("x", "y"), steps=1500, batch=256, **size)
     generator = torch.Generator().manual_seed(1)
     assert fitted.pairs is not None
     truth, data = fitted.pairs.draw(500, generator)
@@ -169,7 +169,7 @@ def gp() -> None:
     center = (weight * mean).sum(1)
     sd = ((weight * (var + mean.square())).sum(1) - center.square()).sqrt()
     said("error of the mean in posterior sds, one pass", (alone[1].mean[:, 0] - center).abs() / sd)
-    many = 4 if QUICK else 20
+    many = 4 if QUICK else 10
     posterior = fitted.posterior(DRAWS, program=program.over(query=query[:many], x=x[:many], y=y[:many]))
     said("the same, weighted draws", (posterior.mean("f") - center[:many]).abs() / sd[:many])
     print(f"k-hat above 0.7: {int((posterior.info['pareto_k'] > 0.7).sum())} of {many}")
@@ -212,7 +212,7 @@ def fusion() -> None:
     """Range and bearing, four-dimensional state, against particle filters."""
     motion = turning_point()
     size = {"components": 4, "width": 48, "depth": 3, "feedforward": 96}
-    fitted = train(range_bearing(), priors=TrackPriors(), steps=2000, batch=256, **size)
+    fitted = train(range_bearing(), priors=TrackPriors(), steps=1500, batch=256, **size)
     generator = torch.Generator().manual_seed(1)
     x = motion.simulate(15, 100, generator)
     along, across = x[..., 0], x[..., 2]

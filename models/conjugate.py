@@ -85,7 +85,7 @@ def normal_posterior(prior: Mixture, y: Tensor, noise: float = 1.0) -> tuple[Mix
     Example:
         >>> prior = Mixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
         >>> normal_posterior(prior, torch.tensor([2.0]))[0].mean
-        tensor([1.])
+        tensor([1.0000])
     """
     eye = torch.eye(prior.dim, dtype=y.dtype, device=y.device)
     return prior.conditioned(eye, y, noise**2 * eye)

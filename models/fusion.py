@@ -247,7 +247,7 @@ def range_bearing() -> Program:
 
     def seen(range: Tensor, bearing: Tensor) -> None:
         center = range.new_tensor([4.0, 0.0, 0.0, 0.0])
-        state = pyro.sample("state", dist.Normal(center, range.new_tensor([1.5, 0.5, 1.5, 0.5])).to_event(1))
+        state = pyro.sample("state", dist.Normal(center, range.new_tensor([2.0, 0.7, 2.0, 0.7])).to_event(1))
         across, along = state[..., 2], state[..., 0]
         pyro.sample("range", Rangefinder((along.square() + across.square() + 1e-12).sqrt()), obs=range)
         pyro.sample("bearing", WrappedNormal(torch.atan2(across, along), BEARING_SD), obs=bearing)
@@ -263,7 +263,7 @@ def turning_point(dt: float = 0.2) -> Motion:
         dt: time between measurements.
     """
     one = torch.tensor([[1.0, dt], [0.0, 1.0]], dtype=torch.float64)
-    noise = 0.5 * torch.tensor([[dt**3 / 3, dt**2 / 2], [dt**2 / 2, dt]], dtype=torch.float64)
+    noise = 0.1 * torch.tensor([[dt**3 / 3, dt**2 / 2], [dt**2 / 2, dt]], dtype=torch.float64)
     start = Mixture.of_covariances(
         torch.ones(1, dtype=torch.float64),
         torch.tensor([[4.0, 0.0, 0.0, 0.0]], dtype=torch.float64),

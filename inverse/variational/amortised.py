@@ -9,7 +9,7 @@ the probability flow with their exact density q, and are weighted by p(z, y) / q
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +18,13 @@ from torch import nn
 
 from inverse.variational.amortised_fitted import FittedDenoiser
 from inverse.variational.amortised_training import DenoiserTraining, judge
+from ppl.amortised.backend import AmortisedBackend
 from ppl.amortised.family import IfCorrected
-from ppl.amortised.fitted import run_chains
-from ppl.amortised.pairs import Pairs, givens
+from ppl.amortised.pairs import Pairs
+from ppl.amortised.training import Training
 from ppl.backend import register
+from ppl.cost import Cost
 from ppl.errors import OptionError
-from ppl.monitor import Monitor
-from ppl.posterior import Posterior
 from ppl.program import Program
 from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
@@ -34,7 +34,7 @@ __all__ = ["AmortisedDenoiser"]
 
 @register
 @dataclass(frozen=True)
-class AmortisedDenoiser:
+class AmortisedDenoiser(AmortisedBackend[FittedDenoiser]):
     r"""Trains a denoiser on simulations of the program, then draws from the posterior of its data.
 
     One training serves all data: `fit(program).posterior(y=...)`, `program.over(y=ys)`, or a `file` written by
@@ -137,75 +137,39 @@ class AmortisedDenoiser:
         """The law of ln sigma in training."""
         return {"p_mean": self.p_mean, "p_std": self.p_std}
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Train (or load) and draw; see `ppl.infer`."""
-        if self.file is not None:
-            if not Path(self.file).is_file():
-                raise OptionError(
-                    f"there is no file {self.file}; train it: pilotlight train --program, or fit(...).save"
-                )
-            loaded = FittedDenoiser.load(self.file, program, self.network)
-            as_trained = {n: getattr(loaded.options, n) for n in ("width", "depth", "p_mean", "p_std")}
-            fitted = replace(loaded, options=replace(self, **as_trained))
-            return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
+    @property
+    def fitted_class(self) -> type[FittedDenoiser]:
+        """What `fit` returns."""
+        return FittedDenoiser
 
-        def fit() -> FittedDenoiser:
-            return self.fit(program, generator=generator, monitor=monitor)
+    @property
+    def step_cost(self) -> dict[str, int]:
+        """A step is one call of the network on one batch, and back."""
+        return {"denoiser_calls": 1, "denoiser_evals": self.batch, "vjps": self.batch}
 
-        return run_chains(fit, program, draws, chains, generator, monitor)
+    def pairs(self, program: Program, cost: Cost | None = None) -> Pairs:
+        """What simulates the program."""
+        return Pairs(program, cost)
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-        start: FittedDenoiser | None = None,
-    ) -> FittedDenoiser:
-        """Train the denoiser; the data of the program are not looked at.
+    def training(self, pairs: Pairs, generator: torch.Generator, begun: Any) -> DenoiserTraining:
+        """The training of a denoiser."""
+        return DenoiserTraining(self, pairs, generator, begun)
 
-        Args:
-            program: what is simulated; of `program.over(...)` the first problem.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-            start: a denoiser of this program to go on from; the learning rate starts again.
+    def judged(self, training: Training) -> tuple[float, float]:
+        """Denoising loss on fresh simulations; 1 is what a network that knows nothing reaches."""
+        return judge(training.averaged, self.levels_of_training, training.scales, training.pairs, seed=0)[:2]
 
-        Raises:
-            ProgramError: a latent is discrete, or simulations are not draws from the program's density.
-            OptionError: `start` has another network.
-        """
-        program = program if program.problems is None else program.problem(0)
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
-        pairs = Pairs(program, monitor.cost)
-        begun = None
-        if start is not None:
-            same = (start.options.width, start.options.depth) == (self.width, self.depth)
-            if (start.options.network is None) != (self.network is None) or not (same or self.network is not None):
-                raise OptionError(
-                    f"cannot go on from a network of width {start.options.width} and depth {start.options.depth} with "
-                    f"width {self.width} and depth {self.depth}; use the same network"
-                )
-            start.check([program])
-            begun = (start.network, start.scales)
-        training = DenoiserTraining(self, pairs, generator, begun)
-        training.run(monitor, denoiser_calls=1, denoiser_evals=self.batch, vjps=self.batch)
-        for note in pairs.notes:
-            monitor.note(note)
-        history = training.history[: training.step]
-        network = training.averaged
-        return FittedDenoiser(
-            program=program,
-            network=network,
-            scales=training.scales,
-            options=self,
-            history=history if start is None else torch.cat([start.history, history]),
-            loss=judge(network, self.levels_of_training, training.scales, pairs, seed=0)[:2],
-            complete=training.step == self.steps,
-            mask=pairs.mask,
-            given=givens(program),
-        )
+    def loaded(self, program: Program) -> FittedDenoiser:
+        """The network of `file`."""
+        assert self.file is not None
+        loaded = FittedDenoiser.load(self.file, program, self.network)
+        return self.drawing_from(loaded, ("width", "depth", "p_mean", "p_std"))
+
+    def check_start(self, start: FittedDenoiser) -> None:
+        """The network has to be of the same form."""
+        same = (start.options.width, start.options.depth) == (self.width, self.depth)
+        if (start.options.network is None) != (self.network is None) or not (same or self.network is not None):
+            raise OptionError(
+                f"cannot go on from a network of width {start.options.width} and depth {start.options.depth} with "
+                f"width {self.width} and depth {self.depth}; use the same network"
+            )

@@ -202,7 +202,7 @@ class Mixture:
             >>> prior = Mixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
             >>> posterior, evidence = prior.conditioned(torch.ones(1, 1), torch.tensor([2.0]), torch.eye(1))
             >>> posterior.mean, posterior.covariance, evidence
-            (tensor([1.]), tensor([[0.5000]]), tensor(-2.2655))
+            (tensor([1.0000]), tensor([[0.5000]]), tensor(-2.2655))
         """
         cross = matrix @ self.covariances
         seen = cross @ matrix.mT + covariance

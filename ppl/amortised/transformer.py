@@ -8,24 +8,23 @@ Only simulations are needed; draws are then weighted by p(z | phi) p(y | z) / q.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from ppl.amortised.backend import AmortisedBackend
 from ppl.amortised.family import IfCorrected
-from ppl.amortised.fitted import run_chains
 from ppl.amortised.mixture_pairs import MixturePairs
-from ppl.amortised.pairs import givens
-from ppl.amortised.priors import MixtureLaw
+from ppl.amortised.priors import MixtureLaw, MixturePriors
+from ppl.amortised.training import Training
 from ppl.amortised.transformer_fitted import FittedTransformer
 from ppl.amortised.transformer_training import TransformerTraining, judge_transformer, knows_no_more
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
-from ppl.posterior import Posterior
 from ppl.program import Program
 
 __all__ = ["DistributionTransformer"]
@@ -33,7 +32,7 @@ __all__ = ["DistributionTransformer"]
 
 @register
 @dataclass(frozen=True)
-class DistributionTransformer:
+class DistributionTransformer(AmortisedBackend[FittedTransformer]):
     """Trains a transformer on simulations of a program; then a posterior is one pass, as a mixture of Gaussians.
 
     Which priors it serves is chosen when it is trained. By default it is the program's own. With `priors` it is every
@@ -119,87 +118,46 @@ class DistributionTransformer:
                 raise OptionError(f"{name} must be a tuple of site names, got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
+    @property
+    def fitted_class(self) -> type[FittedTransformer]:
+        """What `fit` returns."""
+        return FittedTransformer
+
+    @property
+    def step_cost(self) -> dict[str, int]:
+        """A step differentiates one batch."""
+        return {"gradient_evals": self.batch}
+
     def pairs(self, program: Program, cost: Cost | None = None) -> MixturePairs:
         """What simulates the program under the priors to train on."""
         return MixturePairs(program, self.components, self.priors, self.prior_sites, self.rows, cost)
 
-    def run(
-        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
-    ) -> Posterior:
-        """Train (or load) and draw; see `ppl.infer`."""
-        if self.file is not None:
-            if not Path(self.file).is_file():
-                raise OptionError(
-                    f"there is no file {self.file}; train it: DistributionTransformer(...).fit(program).save(file)"
-                )
-            loaded = FittedTransformer.load(self.file, program, _own_law(self.priors))
-            as_trained = {n: getattr(loaded.options, n) for n in FittedTransformer.FORM}
-            fitted = replace(loaded, options=replace(self, **as_trained))
-            return fitted.posterior(draws, chains, generator, program=program, monitor=monitor)
+    def training(self, pairs: MixturePairs, generator: torch.Generator, begun: Any) -> TransformerTraining:
+        """The training of a transformer."""
+        return TransformerTraining(self, pairs, generator, begun)
 
-        def fit() -> FittedTransformer:
-            return self.fit(program, generator=generator, monitor=monitor)
+    def judged(self, training: Training) -> tuple[float, float]:
+        """Mean -log q on fresh simulations, in units of the latents' spread."""
+        assert isinstance(training, TransformerTraining)
+        return judge_transformer(training.averaged, training.scales, training.pairs, seed=0)[:2]
 
-        return run_chains(fit, program, draws, chains, generator, monitor)
+    def loaded(self, program: Program) -> FittedTransformer:
+        """The network of `file`; a law of priors of one's own comes with the options."""
+        assert self.file is not None
+        law = None if isinstance(self.priors, MixturePriors) else self.priors
+        return self.drawing_from(FittedTransformer.load(self.file, program, law), FittedTransformer.FORM)
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-        start: FittedTransformer | None = None,
-    ) -> FittedTransformer:
-        """Train the transformer; the data of the program are not looked at.
+    def check_start(self, start: FittedTransformer) -> None:
+        """The form of the network and the law of priors have to be the same."""
+        ours, theirs = ({n: getattr(o, n) for n in start.FORM} for o in (self, start.options))
+        if ours != theirs:
+            raise OptionError(f"cannot go on from a network of the form {theirs} with {ours}; use the same options")
 
-        Args:
-            program: what is simulated; of `program.over(...)` the first problem.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-            start: a transformer of this program to go on from; the learning rate starts again.
-
-        Raises:
-            ProgramError: a latent is discrete, or simulations are not draws from the program's density.
-            OptionError: `start` has another network; or a named site is not observed.
-        """
-        program = program if program.problems is None else program.problem(0)
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
-        pairs = self.pairs(program, monitor.cost)
-        begun = None
-        if start is not None:
-            ours, theirs = ({n: getattr(o, n) for n in start.FORM} for o in (self, start.options))
-            if ours != theirs:
-                raise OptionError(f"cannot go on from a network of the form {theirs} with {ours}; use the same options")
-            start.check([program])
-            begun = (start.network, start.scales)
-        training = TransformerTraining(self, pairs, generator, begun)
-        training.run(monitor, gradient_evals=self.batch)
-        for note in pairs.notes:
-            monitor.note(note)
-        if knows_no_more(training.averaged, training.scales, pairs):
+    def extras(self, training: Training, monitor: Monitor) -> dict[str, Any]:
+        """The simulator; a remark where nothing was learned."""
+        assert isinstance(training, TransformerTraining)
+        if knows_no_more(training.averaged, training.scales, training.pairs):
             monitor.note(
                 "the trained transformer knows no more than the prior: train longer (steps), or the data tell nothing"
             )
-        history = training.history[: training.step]
-        return FittedTransformer(
-            program=program,
-            network=training.averaged,
-            scales=training.scales,
-            options=self,
-            history=history if start is None else torch.cat([start.history, history]),
-            loss=judge_transformer(training.averaged, training.scales, pairs, seed=0)[:2],
-            complete=training.step == self.steps,
-            mask=pairs.mask,
-            given=givens(program),
-            pairs=pairs,
-        )
-
-
-def _own_law(law: MixtureLaw | None) -> MixtureLaw | None:
-    """A law that a file cannot hold."""
-    from ppl.amortised.priors import MixturePriors
-
-    return None if isinstance(law, MixturePriors) else law
+        return {"pairs": training.pairs}
