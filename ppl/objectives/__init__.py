@@ -10,7 +10,9 @@ from ppl.objectives.engine import Engine, Gradient, gradient
 from ppl.objectives.estimators import Enumerate, MeasureValued, Rebar, Reinforce, Relax, Reparam
 from ppl.objectives.expectation import Expectation
 from ppl.objectives.path import DReG, StickingTheLanding
-from ppl.objectives.stochastic import SIR, Marginal, Normalize
+from ppl.objectives.sir import SIR
+from ppl.objectives.smc import SMC
+from ppl.objectives.stochastic import Marginal, Normalize
 from ppl.objectives.wake_sleep import ForwardKL, Sleep, SymmetricKL, WakeModel
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "IWELBO",
     "IWHVI",
     "SIR",
+    "SMC",
     "VIMCO",
     "Context",
     "DReG",

@@ -16,7 +16,8 @@ from torch import Tensor
 from ppl.errors import OptionError
 from ppl.objectives.context import Context
 from ppl.objectives.draw import logmeanexp
-from ppl.objectives.stochastic import SIR, Marginal
+from ppl.objectives.sir import SIR
+from ppl.objectives.stochastic import Marginal
 
 __all__ = ["DIWHVI", "ELBO", "HVI", "IWELBO", "IWHVI", "VIMCO", "Renyi", "leave_one_out"]
 

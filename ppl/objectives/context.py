@@ -13,7 +13,7 @@ axes and returns (samples, *data), to be maximised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,15 @@ class Context:
 
     # Programs --------------------------------------------------------------------------------------------------------
 
-    def sim(self, program: Any, *, detach: bool = False, observed: bool = False, kept: Draw | None = None) -> Draw:
+    def sim(
+        self,
+        program: Any,
+        *,
+        detach: bool = False,
+        observed: bool = False,
+        kept: Draw | None = None,
+        only: Container[str] | None = None,
+    ) -> Draw:
         """Draw a program's latent sites, each by its own estimator.
 
         Args:
@@ -119,6 +127,7 @@ class Context:
             detach: draw without gradients: the distribution of the draws then counts as fixed.
             observed: draw observed sites as well, from the joint distribution.
             kept: sites that are not drawn but set; the density is that of the others.
+            only: sites that are wanted, met before all others without a value; the rest is drawn and forgotten.
 
         Returns:
             Values and their log density.
@@ -130,7 +139,8 @@ class Context:
         given = {} if kept is None else self._padded(kept)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             nodes = self._run(program, call, given, draw=True, detach=detach, simulate=observed, frozen=False)
-            own = {n: node for n, node in nodes.items() if node.latent and n not in given}
+            wanted = (lambda name: True) if only is None else only.__contains__
+            own = {n: node for n, node in nodes.items() if node.latent and n not in given and wanted(n)}
             log = self._total(own)
         for name, node in own.items():
             if node.estimator is not None:
@@ -165,6 +175,21 @@ class Context:
         self.scored.extend((n, node.raw) for n, node in nodes.items())
         whole = all(n in draw.nodes and v is draw.nodes[n].value for n, v in draw.values.items())
         return Exact(self._total(nodes), self._terms(draw.call, draw.nodes, nodes) if whole else None)
+
+    def partial(self, program: Any, values: Draw, sites: Container[str], *, frozen: bool = False) -> Tensor:
+        """Log density of some sites of a Pyro program, (*particles, samples, *data).
+
+        Args:
+            program: a Pyro program.
+            values: values of its latent sites; those without, met after the sites that count, are drawn and forgotten.
+            sites: names of the sites that count.
+            frozen: take the program's parameters as constants.
+        """
+        given = self._padded(values)
+        nodes = self._run(program, self._next(), given, draw=True, detach=False, simulate=False, frozen=frozen)
+        counted = {n: node for n, node in nodes.items() if n in sites}
+        self.scored.extend((n, node.raw) for n, node in counted.items())
+        return self._total(counted)
 
     def latents(self, program: Any) -> tuple[str, ...]:
         """Names of a program's latent sites."""

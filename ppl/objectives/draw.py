@@ -85,7 +85,8 @@ class Draw:
 
     def only(self, names: Any) -> Draw:
         """The same draw with some of its sites."""
-        kept = {n: v for n, v in self.values.items() if n in set(names)}
+        wanted = set(names)
+        kept = {n: v for n, v in self.values.items() if n in wanted}
         return replace(self, values=kept, auxiliary=frozenset())
 
     def detached(self) -> Draw:
