@@ -236,9 +236,10 @@ class Program(LaneDensities):
         single = copy.copy(self)
         single.problems, single._lane_args, single._stacked = None, frozenset(), {}
         single._functions = self._single_functions
-        row = single.with_data(**self._rows[i])
-        self._single_functions = row._functions
-        return row
+        # Values of the latents as `over` had them: the prior is not drawn from once more for every problem.
+        single._set_data(self._rows[i])
+        single._read({n: self.first_values[n] for n in self.latents})
+        return single
 
     def spread(self, which: Tensor) -> Program:
         """Of a program `over` many problems, the one whose lane k is a draw of problem which[k], (lanes,) integers."""
