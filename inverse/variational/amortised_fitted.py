@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +18,6 @@ from ppl.amortised.pairs import Pairs, data_of
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.program import Program
-from ppl.storage import load_tensors
 from sde.denoiser import EDMDenoiser
 from sde.schedule import log_grid
 from sde.solvers import sample
@@ -158,30 +156,12 @@ class FittedDenoiser(Fitted):
         return {"network": network, "levels": own.levels_of_training}
 
     @classmethod
-    def load(cls, path: str | Path, program: Program, network: nn.Module | None = None) -> FittedDenoiser:
-        """Read a file of `save`.
-
-        Args:
-            path: the file.
-            program: the program it was trained on, with any data.
-            network: the user's own network, where one was trained; its weights come from the file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            CheckpointError: the file is damaged, or not of a denoiser.
-            ShapeError: the program has other sites.
-            ProgramError: the program is another one.
-        """
-        tensors, meta = load_tensors(path)
-        return cls.from_state(meta, tensors, program, network, str(path))
-
-    @classmethod
     def from_state(
         cls,
         meta: Any,
         tensors: dict[str, Tensor],
         program: Program,
-        network: nn.Module | None = None,
+        own: nn.Module | None = None,
         where: str = "the state",
     ) -> FittedDenoiser:
         """The inverse of `state`, for the same program with any data."""
@@ -189,12 +169,10 @@ class FittedDenoiser(Fitted):
 
         program = singles_of(program)[0]
         cls.check_meta(meta, program, where, "denoiser")
-        if (network is None) != (meta["network"] is not None):
-            which = (
-                "holds weights of a network of your own: pass network=" if network is None else "has its own network"
-            )
+        if (own is None) != (meta["network"] is not None):
+            which = "holds weights of a network of your own: pass own=" if own is None else "has its own network"
             raise OptionError(f"{where} {which}")
-        options = AmortisedDenoiser(**(meta["network"] or {}), network=network, **meta["levels"])
+        options = AmortisedDenoiser(**(meta["network"] or {}), network=own, **meta["levels"])
         pairs = Pairs(program)
         built = build_network(options, pairs, torch.Generator(program.device).manual_seed(0))
         loaded = cls.rebuilt(meta, tensors, program, built, options, pairs.mask, where)

@@ -19,7 +19,7 @@ from ppl.flat import FlatDensity
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
-from ppl.storage import save_tensors
+from ppl.storage import load_tensors, save_tensors
 
 __all__ = ["Fitted", "part_of", "run_chains"]
 
@@ -140,6 +140,36 @@ class Fitted:
         """Write the network to one safetensors file, with a checksum and without the program."""
         meta, tensors = self.state()
         save_tensors(path, tensors, meta)
+
+    @classmethod
+    def load(cls: type[F], path: str | Path, program: Program, own: Any = None) -> F:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            program: the program it was trained on, with any data.
+            own: what a file cannot hold: your own network (its weights come from the file), or your own law of priors.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file is damaged, or of another kind.
+            ShapeError: the program has other sites.
+            ProgramError: the program is another one.
+        """
+        tensors, meta = load_tensors(path)
+        return cls.from_state(meta, tensors, program, own, str(path))
+
+    @classmethod
+    @abstractmethod
+    def from_state(
+        cls: type[F],
+        meta: Any,
+        tensors: dict[str, Tensor],
+        program: Program,
+        own: Any = None,
+        where: str = "the state",
+    ) -> F:
+        """The inverse of `state`, for the same program with any data."""
 
     @classmethod
     def check_meta(cls, meta: Any, program: Program, where: str, noun: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,7 +24,6 @@ from ppl.posterior import Posterior
 from ppl.program import Program
 from ppl.smc.reference import in_chunks
 from ppl.smc.tempered import TemperedDensity
-from ppl.storage import load_tensors
 
 if TYPE_CHECKING:
     from ppl.amortised.transformer import DistributionTransformer
@@ -245,44 +243,21 @@ class FittedTransformer(Fitted):
         return meta, {**tensors, "place.center": self.pairs.center, "place.scale": self.pairs.scale}
 
     @classmethod
-    def load(cls, path: str | Path, program: Program, priors: MixtureLaw | None = None) -> FittedTransformer:
-        """Read a file of `save`.
-
-        Args:
-            path: the file.
-            program: the program it was trained on, with any data.
-            priors: the law of priors of the training, where it was one of your own.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            CheckpointError: the file is damaged, or not of a transformer.
-            ShapeError: the program has other sites.
-            ProgramError: the program is another one.
-        """
-        tensors, meta = load_tensors(path)
-        return cls.from_state(meta, tensors, program, priors, str(path))
-
-    @classmethod
     def from_state(
         cls,
         meta: Any,
         tensors: dict[str, Tensor],
         program: Program,
-        priors: MixtureLaw | None = None,
+        own: MixtureLaw | None = None,
         where: str = "the state",
     ) -> FittedTransformer:
         """The inverse of `state`, for the same program with any data."""
         program = singles_of(program)[0]
         cls.check_meta(meta, program, where, "transformer")
-        if (priors is not None) != (meta["priors"] == "own"):
-            which = (
-                "was trained on a law of priors of your own: pass it as priors="
-                if priors is None
-                else "has its own law"
-            )
+        if (own is not None) != (meta["priors"] == "own"):
+            which = "was trained on a law of priors of your own: pass own=" if own is None else "has its own law"
             raise OptionError(f"{where} {which}")
-        if isinstance(meta["priors"], dict):
-            priors = MixturePriors(**meta["priors"])
+        priors = MixturePriors(**meta["priors"]) if isinstance(meta["priors"], dict) else own
         from ppl.amortised.transformer import DistributionTransformer
 
         options: DistributionTransformer = DistributionTransformer(**meta["form"], priors=priors)

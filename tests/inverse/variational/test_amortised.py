@@ -190,7 +190,7 @@ def test_a_network_of_ones_own(tmp_path: Any) -> None:
     torch.testing.assert_close(
         loaded.posterior(5, seed=1)["x"], fitted.posterior(5, seed=1, y=y)["x"], rtol=1e-5, atol=1e-6
     )
-    with pytest.raises(OptionError, match="network="):
+    with pytest.raises(OptionError, match="pass own="):
         FittedDenoiser.load(tmp_path / "own.safetensors", target)
     with pytest.raises(OptionError, match="cannot be called"):
         AmortisedDenoiser(network=nn.Linear(3, 3)).fit(target)
