@@ -88,19 +88,11 @@ class PerLane(LinearOperator):
         """A decomposition with s (lanes, r), made by kinds that have one."""
         raise UnlikeError(f"{type(self).__name__} has no decomposition for every row")
 
-    def solve_gram(
-        self,
-        r: Tensor,
-        noise_var: float | Tensor,
-        prior_var: float | Tensor,
-        *,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-    ) -> Tensor:
+    def solve_gram(self, r: Tensor, noise_var: float | Tensor, prior_var: float | Tensor, **limits: Any) -> Tensor:
         """A division where A A^T is diagonal."""
         diagonal = self.gram_diagonal
         if diagonal is None:
-            return super().solve_gram(r, noise_var, prior_var, tolerance=tolerance, max_steps=max_steps)
+            return super().solve_gram(r, noise_var, prior_var, **limits)
         noise, prior = (over_event(value, r, len(self.out_shape)) for value in (noise_var, prior_var))
         return r / (noise + prior * diagonal.to(r))
 
@@ -143,18 +135,10 @@ class _Scaled(PerLane):
         self.check_shape(y, self.out_shape, "data")
         return self._times(self.in_shape).to(y) * self.operator.adjoint(y)
 
-    def solve_gram(
-        self,
-        r: Tensor,
-        noise_var: float | Tensor,
-        prior_var: float | Tensor,
-        *,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-    ) -> Tensor:
+    def solve_gram(self, r: Tensor, noise_var: float | Tensor, prior_var: float | Tensor, **limits: Any) -> Tensor:
         """(n I + v c^2 A A^T)^{-1} r, by the solve of A."""
         prior = prior_var * self.factors.to(r).square()
-        return self.operator.solve_gram(r, noise_var, prior, tolerance=tolerance, max_steps=max_steps)
+        return self.operator.solve_gram(r, noise_var, prior, **limits)
 
     def compute_svd(self) -> SVD:
         inner, sign = self.operator.svd(), self.factors.sign()[:, None]
