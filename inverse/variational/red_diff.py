@@ -51,8 +51,8 @@ class REDDiff(TrajectorySampler):
 
     Published form: a regularised point estimate. Every draw is an optimisation of its own with its own noise, so that
     the spread of the draws is that of the optimiser, not of the posterior. Both terms are means over their entries:
-    lambda means another thing for every number of data, and the noise level of the data does not enter. The start is A^+ y
-    without singular values below 0.03 of the largest.
+    lambda means another thing for every number of data, and the noise level of the data does not enter. The start is
+    A^+ y without singular values below 0.03 of the largest.
 
     With `scale="likelihood"`: each draw fits a Gaussian to -log p(y | x) + KL at the current level and draws once from
     it. At a low level the loss is the negative evidence bound. [derived] Its optimum is the exact posterior, up to
