@@ -147,7 +147,7 @@ class _Fit:
 
     def step(self, step: int, monitor: Monitor) -> Tensor:
         """One step of Adam; returns the estimate of the objective before it."""
-        from ppl.vi.svi import BETA_1, BETA_2, EPSILON
+        from ppl.vi.ascent import BETA_1, BETA_2, EPSILON
 
         options = self.options
         if self.traced is not None:
