@@ -131,7 +131,7 @@ class MixturePairs(Pairs):
     def _place(self) -> tuple[Tensor, Tensor]:
         """Median and spread of the program's own prior on the unconstrained scale."""
         z, _ = self._rows(MEASURED, torch.Generator(self.program.device).manual_seed(0))
-        low, middle, high = torch.nanquantile(z.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), 0).to(z)
+        low, middle, high = torch.nanquantile(z.double(), z.new_tensor([0.1, 0.5, 0.9], dtype=torch.float64), 0).to(z)
         spread = (high - low) / DECILES
         return middle + 0.0, torch.where(spread > 0, spread, torch.ones_like(spread))
 
