@@ -3,9 +3,10 @@ r"""A guide that steers a path: its driving numbers have a mean that depends on 
     dW -> dW + u(t, X, Y, r) dt,   z_n ~ N(u_n sqrt(dt), s_n^2)   given all before
 
 u sqrt(dt) is linear in what it sees, with gains of its own for every step, plus a network: linear programs with
-Gaussian data need no more than the first. In continuous time s = 1 and the divergence from the prior is E int u^2 dt / 2. Prior
-and guide move the factors alike, so the bound is a true one for the discretised process, at any step; a learned s_n is
-what data sharper than a step ask for. At the best control log p - log q is the same for all paths.
+Gaussian data need no more than the first. In continuous time s = 1 and the divergence from the prior is
+E int u^2 dt / 2. Prior and guide move the factors alike, so the bound is a true one for the discretised process, at any
+step; a learned s_n is what data sharper than a step ask for. At the best control log p - log q is one number for all
+paths.
 
 Source: Daems et al. (ICLR 2024), the public code, a network with s = 1 [read]; gains, scales, other latents and the
 start of the factors in a Gaussian of their own [derived].
