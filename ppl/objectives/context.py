@@ -46,6 +46,7 @@ class Context:
         indices: indices of subsampled plates.
         forced: values by address, in place of draws.
         states: joint states of the enumerated sites, which are samples of their own.
+        shared: repeat the noise of all draws over the states, not only of reparameterised ones.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Context:
         indices: dict[str, Tensor],
         forced: Mapping[Address, Tensor],
         states: int = 1,
+        *,
+        shared: bool = False,
     ) -> None:
         self.engine, self.params, self.samples = engine, params, samples
         self.seeds, self.indices, self.forced = seeds, indices, forced
@@ -69,7 +72,9 @@ class Context:
         self.data: dict[str, Tensor] = {}
         self.relaxed: dict[Address, list[Tensor]] = {}
         self.controls: dict[Address, Control] = {}
-        self.states = states
+        self.states, self.shared = states, shared
+        self.drawn: dict[Address, tuple[Tensor, int]] = {}  # values, and their axis of samples
+        self.ragged = False  # whether a shape depends on a draw
         self.terms: Terms | None = None  # of the objective, where it is a sum of log densities
         self.weight: Tensor | None = None  # probabilities of the enumerated states
 
@@ -252,6 +257,7 @@ class Context:
         else:
             self._seed(address)
             index = torch.multinomial(probs.reshape(len(probs), -1).mT, 1)[:, 0].reshape(shape)
+        self.drawn[address] = (self.engine.plan.spread(index, len(self.lead)), len(self.axes))
         score = torch.log_softmax(log_weight, 0).gather(0, index[None])[0]
         padded, raw = self.engine.plan.spread(index, len(self.lead)), self.engine.plan.spread(score, len(self.lead))
         states = torch.arange(len(log_weight), device=index.device)

@@ -26,6 +26,15 @@ __all__ = ["draw_site", "register"]
 
 def draw_site(ctx: Context, address: Address, msg: Any, detach: bool) -> tuple[Tensor, Estimator | None, Tensor | None]:
     """Value of a site, its estimator where its draw counts, and the prediction of a learned baseline."""
+    made = _draw_site(ctx, address, msg, detach)
+    if msg.get("lane") is None:
+        ctx.drawn[address] = (made[0].detach(), len(ctx.axes))
+    return made
+
+
+def _draw_site(
+    ctx: Context, address: Address, msg: Any, detach: bool
+) -> tuple[Tensor, Estimator | None, Tensor | None]:
     fn, lane = msg["fn"], msg.get("lane")
     ctx.seen.setdefault(address, (fn, msg["infer"]))
     estimator = None if detach else ctx.engine.estimator(address, fn, msg["infer"])
@@ -51,7 +60,7 @@ def draw_site(ctx: Context, address: Address, msg: Any, detach: bool) -> tuple[T
         with SharedNoise(len(ctx.axes), ctx.states) if shared else nullcontext():
             value = fn.rsample()
     else:
-        with torch.no_grad():
+        with torch.no_grad(), SharedNoise(len(ctx.axes), ctx.states) if ctx.shared else nullcontext():
             value = fn.sample()
     return value, estimator, register(address[1], estimator) if torch.is_grad_enabled() else None
 

@@ -26,6 +26,7 @@ from ppl.objectives.measured_term import measured_term
 from ppl.objectives.plan import Plan, make_plan
 from ppl.objectives.programs import Programs
 from ppl.objectives.score_term import score_term
+from ppl.objectives.stacked import can_stack, stacked
 from ppl.program import Program
 from ppl.trace import seeded, settings
 
@@ -202,10 +203,7 @@ class Engine:
 
         def cost(extra: Mapping[Address, Tensor]) -> tuple[Tensor, Context]:
             ctx = Context(self, params, samples * arms, seeds, indices, {**forced, **extra}, arms)
-            value = self._value(ctx)
-            weight = self._weight(ctx)
-            ctx.weight = weight
-            return (value if weight is None else weight * value), ctx
+            return self.cost(ctx), ctx
 
         whole, ctx = cost({})
         total = whole
@@ -221,7 +219,13 @@ class Engine:
                 part = self._downstream(ctx, address, whole)
                 total = total + control_term(plan, ctx.controls[address], node, len(axes) + 1, part, samples)
             elif isinstance(node.estimator, MeasureValued) and node.arms:
-                total = total + measured_term(plan, address, node, whole, lambda extra: cost(extra)[0])
+
+                def each(rows: Sequence[Tensor], address: Address = address) -> Sequence[Tensor] | Tensor:
+                    if can_stack(ctx, address):
+                        return stacked(ctx, address, rows)
+                    return [whole.detach(), *(cost({address: row})[0] for row in rows[1:])]
+
+                total = total + measured_term(plan, address, node, whole, each)
         return whole, total, ctx
 
     def values(
@@ -238,10 +242,14 @@ class Engine:
             ctx = Context(
                 self, dict(params or self.parameters), samples * arms, {}, {}, self.plan.assignments(samples), arms
             )
-            ctx_value = self._value(ctx)
-            weight = self._weight(ctx)
-            whole = ctx_value if weight is None else ctx_value * weight
+            whole = self.cost(ctx)
         return whole.reshape(arms, samples, -1).sum((0, 2)) * self.plan.scale
+
+    def cost(self, ctx: Context) -> Tensor:
+        """(samples, *data) the objective, times the probability of the enumerated states."""
+        value = self._value(ctx)
+        weight = ctx.weight = self._weight(ctx)
+        return value if weight is None else weight * value
 
     # Parts of the surrogate ------------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class Expectation:
         if not rate > 0:
             raise OptionError(f"rate must be positive, got {rate}")
         ctx = self._ctx
+        ctx.ragged = True
         shape = ctx.lead + ctx.engine.plan.sizes
         ctx._seed((ctx._next(), "count"))
         count = torch.poisson(torch.full(shape, float(rate), device=self.copies.device))

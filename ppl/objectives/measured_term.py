@@ -6,7 +6,7 @@ Coordinates of one datum are moved one at a time, those of different samples and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ __all__ = ["measured_term"]
 
 
 def measured_term(
-    plan: Plan, address: Address, node: Node, whole: Tensor, cost: Callable[[Mapping[Address, Tensor]], Tensor]
+    plan: Plan,
+    address: Address,
+    node: Node,
+    whole: Tensor,
+    cost: Callable[[Sequence[Tensor]], Sequence[Tensor] | Tensor],
 ) -> Tensor:
     """(samples, *data) term of a site.
 
@@ -30,27 +34,26 @@ def measured_term(
         address: of the site.
         node: its draw.
         whole: (samples, *data) the cost.
-        cost: the cost with other values at some sites.
+        cost: costs with other values at the site, one for each; with the draw itself among them.
 
     Raises:
         CapabilityError: a datum has more coordinates than the estimator's limit.
     """
     fixed = whole.detach()
     value = node.value
-    where = _coordinates(plan, node)
+    rows, places = [value], []
+    for lane in _coordinates(plan, node):
+        for arm in node.arms:
+            ends = []
+            for side in (arm.plus, arm.minus):
+                ends.append(0 if side is None else len(rows))
+                if side is not None:
+                    rows.append(torch.where(lane, side.to(value.dtype), value))
+            places.append((lane, arm, ends))
     total: Tensor | float = 0.0
     with torch.no_grad():
-        parts = []
-        for lane in where:
-            for arm in node.arms:
-                ends = []
-                for side in (arm.plus, arm.minus):
-                    if side is None:
-                        ends.append(fixed)
-                    else:
-                        moved = torch.where(lane, side.to(value.dtype), value)
-                        ends.append(cost({address: moved}))
-                parts.append((lane, arm, ends[0] - ends[1]))
+        found = cost(rows)
+        parts = [(lane, arm, found[plus] - found[minus]) for lane, arm, (plus, minus) in places]
     lanes = value.ndim - node.event_dim - plan.plates
     for lane, arm, difference in parts:
         place = plan.spread(difference.reshape(*(1,) * (lanes - 1), *difference.shape), lanes)

@@ -19,7 +19,7 @@ FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_)
 
 
 class SharedNoise(TorchFunctionMode):
-    """Inside, `torch.rand` and tensors filled in place repeat their noise along an axis.
+    """Inside, `torch.rand`, `bernoulli`, `normal` and tensors filled in place repeat their noise along an axis.
 
     Args:
         axis: axis of the samples, from the left.
@@ -40,6 +40,13 @@ class SharedNoise(TorchFunctionMode):
             return args[0].copy_(self._all(one))
         if func is torch.rand and len(args) == 1 and self._fits(args[0]):
             return self._all(func(self._one(args[0]), **kwargs))
+        if func is torch.bernoulli and self._fits(args[0].shape):
+            probs = args[0]
+            uniform = torch.rand(self._one(probs.shape), dtype=probs.dtype, device=probs.device)
+            return (self._all(uniform) < probs).to(probs.dtype)
+        if func is torch.normal and isinstance(args[0], Tensor) and self._fits(args[0].shape):
+            mean, std = args
+            return mean + std * self._all(mean.new_empty(self._one(mean.shape)).normal_())
         return func(*args, **kwargs)
 
     def _fits(self, shape: Any) -> bool:
