@@ -208,13 +208,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one prior on problems that every backend of every task has done, so that cells compare."""
+def complete(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows of one prior and task on problems that all its backends have done, so that cells compare."""
     done = [
-        {row["index"] for row in rows if (row["task"], row["backend"]) == (name, label)}
-        for name in TASKS
-        for label in backends(name)
-        if label not in COSTLY
+        {row["index"] for row in rows if row["backend"] == label} for label in backends(name) if label not in COSTLY
     ]
     return [row for row in rows if row["index"] in set.intersection(*done)]
 
@@ -222,16 +219,11 @@ def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(path: Path) -> None:
     """The tables of all stored results."""
     rows = results.read(path)
-    rows = [
-        r
-        for prior in dict.fromkeys(r["prior"] for r in rows)
-        for r in complete([q for q in rows if q["prior"] == prior])
-    ]
     k = round(0.1 * (DRAWS + 1) / 2)
     nominal = 100 * (1 - 2 * k / (DRAWS + 1))
     for prior in dict.fromkeys(row["prior"] for row in rows):
         for name in TASKS:
-            mine = [row for row in rows if (row["prior"], row["task"]) == (prior, name)]
+            mine = complete([row for row in rows if (row["prior"], row["task"]) == (prior, name)], name)
             if not mine:
                 continue
             print(f"\n{prior}, {name}; nominal coverage {nominal:.1f} %\n")

@@ -79,7 +79,7 @@ class REDDiff(TrajectorySampler):
     Source: Mardani et al. (2023), algorithm 1, and NVlabs/RED-diff [read]; scale="likelihood" [derived].
 
     Example:
-        >>> import ppl, pyro, pyro.distributions as dist
+        >>> import ppl, torch, pyro, pyro.distributions as dist
         >>> from sde import GaussianMixture
         >>> prior = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1))
         >>> def model(y):
