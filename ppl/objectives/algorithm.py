@@ -23,7 +23,7 @@ from ppl.objectives.estimators import Enumerate, Reinforce
 if TYPE_CHECKING:
     from ppl.objectives.context import Context
 
-__all__ = ["Algorithm", "Population", "check_algorithm", "proposal_of", "together"]
+__all__ = ["Algorithm", "Population", "Target", "check_algorithm", "proposal_of", "together"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,25 @@ class Population:
     log_normaliser: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What an algorithm runs on.
+
+    Args:
+        program: its density at given values is the unnormalised target.
+        kept: sites with given values; `None` where there are none.
+        detach: draw without gradients.
+        frozen: take the program's parameters as constants.
+    """
+
+    program: Any
+    kept: Draw | None = None
+    detach: bool = False
+    frozen: bool = False
+
+
 class Algorithm(Protocol):
-    """An inference algorithm inside a program; `kept` are given sites of the target, `None` where there are none."""
+    """An inference algorithm inside a program."""
 
     @property
     def proposal(self) -> Any:
@@ -56,21 +73,11 @@ class Algorithm(Protocol):
         """Estimator of the indices it draws."""
         ...
 
-    def free(self, ctx: Context, target: Any, kept: Draw | None, *, detach: bool, frozen: bool) -> Population:
+    def free(self, ctx: Context, target: Target) -> Population:
         """A run from scratch."""
         ...
 
-    def retaining(
-        self,
-        ctx: Context,
-        target: Any,
-        kept: Draw | None,
-        star: Draw,
-        *,
-        joint: Draw | None = None,
-        detach: bool,
-        frozen: bool,
-    ) -> Tensor:
+    def retaining(self, ctx: Context, target: Target, star: Draw, joint: Draw | None = None) -> Tensor:
         """log Zhat of a run that holds a draw; `joint` is what that was drawn with, where it is at hand."""
         ...
 
@@ -83,13 +90,14 @@ def check_algorithm(particles: int, index: Any) -> None:
         raise OptionError(f"the index takes Enumerate() or Reinforce(), got {index!r}")
 
 
-def proposal_of(proposal: Any, target: Any, kept: Draw | None) -> Any:
+def proposal_of(proposal: Any, target: Target) -> Any:
     """What is drawn from: the target itself where no proposal is named; a program is called with the kept values."""
     if proposal is None:
-        if isinstance(target, Stochastic):
-            raise OptionError(f"a {type(target).__name__} cannot be its own proposal; name a program to draw from")
-        return target
-    return proposal if kept is None or isinstance(proposal, Stochastic) else Given(proposal, kept.values)
+        if isinstance(target.program, Stochastic):
+            kind = type(target.program).__name__
+            raise OptionError(f"a {kind} cannot be its own proposal; name a program to draw from")
+        return target.program
+    return proposal if target.kept is None or isinstance(proposal, Stochastic) else Given(proposal, target.kept.values)
 
 
 def together(ctx: Context, kept: Draw | None, draw: Draw) -> Draw:

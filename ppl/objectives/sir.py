@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppl.objectives.algorithm import Population, check_algorithm, proposal_of, together
+from ppl.objectives.algorithm import Population, Target, check_algorithm, proposal_of, together
 from ppl.objectives.density import Exact, direct
 from ppl.objectives.draw import Draw, logmeanexp
 from ppl.objectives.estimators import Enumerate
@@ -45,42 +45,31 @@ class SIR:
     def __post_init__(self) -> None:
         check_algorithm(self.particles, self.index)
 
-    def free(self, ctx: Context, target: Any, kept: Draw | None, *, detach: bool, frozen: bool) -> Population:
+    def free(self, ctx: Context, target: Target) -> Population:
         """New draws of the proposal, weighed."""
-        return self._fresh(ctx, target, kept, self.particles, detach, frozen)
+        return self._fresh(ctx, target, self.particles)
 
-    def retaining(
-        self,
-        ctx: Context,
-        target: Any,
-        kept: Draw | None,
-        star: Draw,
-        *,
-        joint: Draw | None = None,
-        detach: bool,
-        frozen: bool,
-    ) -> Tensor:
+    def retaining(self, ctx: Context, target: Target, star: Draw, joint: Draw | None = None) -> Tensor:
         """log Zhat of a run in which one draw is given."""
-        source = proposal_of(self.proposal, target, kept)
-        both = together(ctx, kept, star)
+        source, program = proposal_of(self.proposal, target), target.program
+        both = together(ctx, target.kept, star)
         known = joint is not None and isinstance(joint.density, Exact)
-        gamma = joint.density if known else ctx.density(target, both, frozen=frozen)  # type: ignore[union-attr]
+        gamma = joint.density if known else ctx.density(program, both, frozen=target.frozen)  # type: ignore[union-attr]
         if self.proposal is not None:
-            own = direct(ctx.density(source, star, frozen=frozen), "the proposal")
+            own = direct(ctx.density(source, star, frozen=target.frozen), "the proposal")
         elif known:
             own = ctx._total({n: star.nodes[n] for n in star.values})
         else:
-            own = ctx.partial(target, both, set(star.values), frozen=frozen)
+            own = ctx.partial(program, both, set(star.values), frozen=target.frozen)
         weight = (direct(gamma, "the target") - own)[None]
         if self.particles > 1:
-            weight = torch.cat([weight, self._fresh(ctx, target, kept, self.particles - 1, detach, frozen).log_weight])
+            weight = torch.cat([weight, self._fresh(ctx, target, self.particles - 1).log_weight])
         return logmeanexp(weight)
 
-    def _fresh(self, ctx: Context, target: Any, kept: Draw | None, size: int, detach: bool, frozen: bool) -> Population:
-        source = proposal_of(self.proposal, target, kept)
-        given = kept if self.proposal is None else None
+    def _fresh(self, ctx: Context, target: Target, size: int) -> Population:
+        given = target.kept if self.proposal is None else None
         with ctx.particles(size):
-            draw = ctx.sim(source, kept=given, detach=detach)
-            gamma = ctx.density(target, together(ctx, kept, draw), frozen=frozen)
+            draw = ctx.sim(proposal_of(self.proposal, target), kept=given, detach=target.detach)
+            gamma = ctx.density(target.program, together(ctx, target.kept, draw), frozen=target.frozen)
             weight = gamma - draw.density
         return Population(draw, weight, gamma.log, logmeanexp(weight))

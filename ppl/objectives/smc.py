@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ppl.errors import OptionError
-from ppl.objectives.algorithm import Population, check_algorithm, proposal_of, together
+from ppl.objectives.algorithm import Population, Target, check_algorithm, proposal_of, together
 from ppl.objectives.density import Exact
 from ppl.objectives.draw import Draw, Stochastic, logmeanexp
 from ppl.objectives.estimators import Reinforce
@@ -71,28 +71,16 @@ class SMC:
     def __post_init__(self) -> None:
         check_algorithm(self.particles, self.index)
 
-    def free(self, ctx: Context, target: Any, kept: Draw | None, *, detach: bool, frozen: bool) -> Population:
+    def free(self, ctx: Context, target: Target) -> Population:
         """All particles start anew."""
-        return self._sweep(ctx, target, kept, None, detach, frozen)
+        return self._sweep(ctx, target, None)
 
-    def retaining(
-        self,
-        ctx: Context,
-        target: Any,
-        kept: Draw | None,
-        star: Draw,
-        *,
-        joint: Draw | None = None,
-        detach: bool,
-        frozen: bool,
-    ) -> Tensor:
+    def retaining(self, ctx: Context, target: Target, star: Draw, joint: Draw | None = None) -> Tensor:
         """log Zhat of a run in which one slot holds a given lineage."""
-        return self._sweep(ctx, target, kept, star, detach, frozen).log_normaliser
+        return self._sweep(ctx, target, star).log_normaliser
 
-    def _sweep(
-        self, ctx: Context, target: Any, kept: Draw | None, star: Draw | None, detach: bool, frozen: bool
-    ) -> Population:
-        source = proposal_of(self.proposal, target, kept)
+    def _sweep(self, ctx: Context, target: Target, star: Draw | None) -> Population:
+        source, kept, detach, frozen = proposal_of(self.proposal, target), target.kept, target.detach, target.frozen
         star = None if star is None else replace(star, values=ctx._padded(star))
         size = self.particles - (star is not None)
         values: dict[str, Tensor] = {}
@@ -100,13 +88,15 @@ class SMC:
         weight: Tensor | None = None
         log_target: Tensor | None = None
         log_z: Tensor | float = 0.0
-        for names, block in self._layout(ctx, target, kept):
+        for names, block in self._layout(ctx, target):
             parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
             if star is not None:
                 reached = {n: star.values[n] for n in (*values, *names)}
                 nodes |= {n: star.nodes[n] for n in reached if n in star.nodes}
                 own = ctx.partial(source, self._given(ctx, kept, star, reached), set(names), frozen=frozen)
-                step = ctx.partial(target, together(ctx, kept, replace(star, values=reached)), block, frozen=frozen)
+                step = ctx.partial(
+                    target.program, together(ctx, kept, replace(star, values=reached)), block, frozen=frozen
+                )
                 base = 0.0 if log_target is None else log_target[0]
                 parts.append(((step - own)[None], (base + step)[None], {n: v[None] for n, v in reached.items()}))
             if size:
@@ -117,7 +107,7 @@ class SMC:
                     new = ctx.sim(source, kept=given, only=frozenset(names), detach=detach)
                     nodes |= new.nodes
                     both = replace(new, values={**past, **new.values}, nodes={**old.nodes, **new.nodes})
-                    step = ctx.partial(target, together(ctx, kept, both), block, frozen=frozen)
+                    step = ctx.partial(target.program, together(ctx, kept, both), block, frozen=frozen)
                     parts.append((Exact(step) - new.density, before + step, both.values))
             weight, log_target = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
             values = {n: _join([p[2][n] for p in parts]) for n in parts[0][2]}
@@ -153,12 +143,12 @@ class SMC:
         own = replace(star, values=reached)
         return together(ctx, kept, own) if self.proposal is None else own
 
-    def _layout(self, ctx: Context, target: Any, kept: Draw | None) -> list[tuple[tuple[str, ...], frozenset[str]]]:
+    def _layout(self, ctx: Context, target: Target) -> list[tuple[tuple[str, ...], frozenset[str]]]:
         """Sites of each stage, and all sites of the target that belong to it."""
-        if isinstance(target, Stochastic) or isinstance(self.proposal, Stochastic):
+        if isinstance(target.program, Stochastic) or isinstance(self.proposal, Stochastic):
             raise OptionError("SMC meets a Pyro program stage by stage, not one whose density is estimated; use SIR")
-        nodes = ctx.engine.programs.nodes(target)
-        given = frozenset() if kept is None else frozenset(kept.values)
+        nodes = ctx.engine.programs.nodes(target.program)
+        given = frozenset() if target.kept is None else frozenset(target.kept.values)
         free = [n for n, node in nodes.items() if node.latent and n not in given]
         stages = [tuple(s) for s in self.stages] if self.stages is not None else [(n,) for n in free]
         order = list(nodes)

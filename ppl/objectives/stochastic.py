@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ppl.errors import OptionError, ProgramError
-from ppl.objectives.algorithm import Algorithm
+from ppl.objectives.algorithm import Algorithm, Target
 from ppl.objectives.context import Context
 from ppl.objectives.density import Direct, Reciprocal, direct
 from ppl.objectives.draw import Draw, Stochastic
@@ -70,12 +70,12 @@ class Marginal(Stochastic):
         rest = joint.only(n for n in joint.values if n not in self.keep)
         if not rest.values:
             return replace(kept, density=joint.density)
-        log = self.algorithm.retaining(ctx, self.program, kept, rest, joint=joint, detach=detach, frozen=False)
+        log = self.algorithm.retaining(ctx, Target(self.program, kept, detach), rest, joint)
         return replace(kept, density=Reciprocal(log), call=0)
 
     def density(self, ctx: Context, values: Draw, *, frozen: bool = False) -> Direct:
         """An unbiased estimate of the marginal density."""
-        made = self.algorithm.free(ctx, self.program, values, detach=frozen, frozen=frozen)
+        made = self.algorithm.free(ctx, Target(self.program, values, frozen, frozen))
         return Direct(made.log_normaliser)
 
 
@@ -98,7 +98,7 @@ class Normalize(Stochastic):
 
     def sim(self, ctx: Context, *, detach: bool = False) -> Draw:
         """A resampled draw, and an estimate of its density whose reciprocal is unbiased."""
-        made = self.algorithm.free(ctx, self.target, None, detach=detach, frozen=False)
+        made = self.algorithm.free(ctx, Target(self.target, None, detach))
         draw = made.draw
         index, pick = ctx.choose("index", made.log_weight, self.algorithm.index, detach=detach)
         values = {n: pick(v, draw.nodes[n].event_dim) for n, v in draw.values.items()}
@@ -109,5 +109,5 @@ class Normalize(Stochastic):
     def density(self, ctx: Context, values: Draw, *, frozen: bool = False) -> Direct:
         """An unbiased estimate of the density of the resampled draw."""
         gamma = ctx.density(self.target, values, frozen=frozen)
-        log_z = self.algorithm.retaining(ctx, self.target, None, values, detach=frozen, frozen=frozen)
+        log_z = self.algorithm.retaining(ctx, Target(self.target, None, frozen, frozen), values)
         return Direct(direct(gamma, "the target") - log_z)
