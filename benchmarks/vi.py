@@ -25,6 +25,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 from torch import Tensor, nn
 
 import ppl
@@ -106,7 +107,7 @@ def by_hand(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Step:
 
 def pyros(model: Any, guide: Any, loss: Any, *args: Any) -> Step:
     pyro.clear_param_store()
-    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": LR}), loss)
+    svi = pyro.infer.SVI(model, guide, Adam({"lr": LR}), loss)
     return lambda: svi.step(*args)
 
 
@@ -207,10 +208,11 @@ def small(rounds: int, calls: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, generator=generator)
     y = x @ torch.tensor([1.0, -0.5, 0.0, 2.0, 0.3]) + 0.5 * torch.randn(200, generator=generator)
-    for name, model, args in [
+    cases: list[tuple[str, Any, tuple[Tensor, ...]]] = [
         ("eight schools", schools, (torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]),)),
         ("regression 200 x 5", regression, (x, y)),
-    ]:
+    ]
+    for name, model, args in cases:
         arms = {"ours": ours(ppl.Program(model, *args, compile="never"), AutoNormal(model))}
         arms["Pyro"] = pyros(model, AutoNormal(model), pyro.infer.Trace_ELBO(), *args)
         report("small", name, seconds(arms, rounds, calls), [("Pyro", "ours")])

@@ -10,6 +10,7 @@ Source: Eslami et al. (2016), figure 3 [inferred]; the networks are smaller than
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pyro
@@ -41,6 +42,9 @@ class AIR(nn.Module):
         >>> fitted.history.shape
         torch.Size([2])
     """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -175,21 +179,25 @@ def scenes(
         size: pixels along an edge.
         most: most objects.
 
+    Raises:
+        ValueError: so many objects have no room.
+
     Example:
         >>> pictures, numbers = scenes(torch.ones(3, 8, 8), 5, torch.Generator().manual_seed(0))
         >>> pictures.shape, bool((pictures.sum((1, 2)) == 64 * numbers).all())
         (torch.Size([5, 24, 24]), True)
     """
     window = images.shape[-1]
+    if (size // window) ** 2 < most:
+        raise ValueError(f"{most} objects of {window} pixels need a larger image than {size} pixels; raise size=")
     out = images.new_zeros(count, size, size)
     numbers = torch.randint(most + 1, (count,), generator=generator)
     for i, number in enumerate(numbers.tolist()):
-        taken: list[tuple[int, int]] = []
-        while len(taken) < number:
-            x, y = torch.randint(size - window + 1, (2,), generator=generator).tolist()
-            if any(abs(x - a) < window and abs(y - b) < window for a, b in taken):
-                continue
-            taken.append((x, y))
-            which = int(torch.randint(len(images), (), generator=generator))
+        while True:  # all places anew: a first object in the middle may leave no room for a second
+            places = torch.randint(size - window + 1, (number, 2), generator=generator).tolist()
+            if all(max(abs(x - a), abs(y - b)) >= window for (x, y), (a, b) in combinations(places, 2)):
+                break
+        chosen = torch.randint(len(images), (number,), generator=generator).tolist()
+        for which, (x, y) in zip(chosen, places, strict=True):
             out[i, y : y + window, x : x + window] = images[which]
     return out, numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pyro
+import pytest
 import torch
 
 import ppl
@@ -34,11 +35,17 @@ def test_places_broadcast_and_have_gradients() -> None:
 
 
 def test_scenes_hold_what_they_say() -> None:
-    pictures, numbers = scenes(torch.ones(2, 4, 4), 300, torch.Generator().manual_seed(0), size=12)
+    """In an image so small that an object in its middle would leave no room for a second."""
+    pictures, numbers = scenes(torch.ones(2, 4, 4), 300, torch.Generator().manual_seed(0), size=9)
     assert bool((pictures.sum((1, 2)) == 16 * numbers).all())
     assert float(pictures.max()) == 1.0
     for n in range(3):  # a third each, within four standard errors
         assert abs(float((numbers == n).double().mean()) - 1 / 3) < 4 * math.sqrt(2 / 9 / 300)
+
+
+def test_scenes_without_room() -> None:
+    with pytest.raises(ValueError, match="raise size="):
+        scenes(torch.ones(2, 4, 4), 1, torch.Generator(), size=7)
 
 
 def test_absent_objects_leave_no_trace() -> None:
