@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from ppl.capture import capture
 from ppl.errors import TraceError
 from ppl.lower import Split, native, split_shared
 from ppl.passes import simplify
@@ -92,6 +92,7 @@ class LaneFunction:
         self.keep: Any = None  # what must live as long as this function
         self.nodes = 0
         self._trace_seconds = 0.0
+        self._joined = False
         self._one: Callable[..., Sequence[Tensor]] = self._flat
         self.batching: str = "loop"
         if batching != "loop":
@@ -215,7 +216,9 @@ class LaneFunction:
         if runner.kind != "vmap":
             return
         try:
-            graph = simplify(make_fx(runner.call)(*args))
+            graph = capture(runner.call, *args)
+            out_of_place(graph)  # rules of vmap write in place, as those for logical operations do
+            graph = simplify(graph)
             parts = split_shared(graph, len(self._lane_names)) if self._lane_names else None
             if parts is None:
                 call: Callable[..., Sequence[Tensor]] = native(graph)
@@ -298,10 +301,16 @@ class LaneFunction:
         ways: list[str] = ["graph", "vmap"] if batching == "auto" else [batching]
         for way in ways:
             try:
-                one = self._trace_one(lane, shared) if way == "graph" else self._flat
-                self._one, self.batching = one, way
-                self._check(lane, shared, probes)
-                return one, way
+                self._one, self.batching = self._trace_one(lane, shared) if way == "graph" else self._flat, way
+                try:
+                    self._check(lane, shared, probes)
+                except TraceError:
+                    if way != "graph" or not self._joined:
+                        raise
+                    self.notes = ["joining the steps of a loop changed the result: each runs by itself"]
+                    self._one = self._trace_one(lane, shared, repeats=False)
+                    self._check(lane, shared, probes)
+                return self._one, way
             except TraceError:
                 raise
             except Exception as error:
@@ -317,15 +326,16 @@ class LaneFunction:
             '(torch.where for a branch), or use Program(..., batching="loop"), which runs draw by draw.'
         )
 
-    def _trace_one(self, lane: Inputs, shared: Inputs) -> fx.GraphModule:
+    def _trace_one(self, lane: Inputs, shared: Inputs, repeats: bool = True) -> fx.GraphModule:
         args = self._args(lane, shared)
         start = time.perf_counter()
-        graph = make_fx(self._flat)(*args)
+        graph = capture(self._flat, *args)
         if not out_of_place(graph):
             # Writes such as `out[t] = x`: traced again without them, so that they can be vmapped and have gradients.
             with suppress(Exception):
-                graph = functional(make_fx(torch.func.functionalize(self._flat, remove="mutations"))(*args))
-        graph = simplify(no_raise(pin_types(graph)), keep_detach=True)
+                graph = functional(capture(torch.func.functionalize(self._flat, remove="mutations"), *args))
+        before = len(graph.graph.nodes)
+        graph = simplify(no_raise(pin_types(graph)), keep_detach=True, repeats=repeats)
         for node in graph.graph.nodes:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags:
@@ -335,6 +345,9 @@ class LaneFunction:
                     "eval mode."
                 )
         self.nodes, self._trace_seconds = len(graph.graph.nodes), time.perf_counter() - start
+        self._joined = bool(graph.meta.get("joined"))
+        if self._joined and before > LONG_NODES:
+            self.notes.append(f"steps of a loop were joined: {before} operations of one draw became {self.nodes}")
         return graph
 
     def _check(self, lane: Inputs, shared: Inputs, probes: Sequence[tuple[Inputs, Inputs]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ppl.arithmetic import shorten
+from ppl.repeats import join
 from ppl.rewrites import mutates, new_name
 
 __all__ = ["simplify"]
@@ -35,12 +36,13 @@ _FILLED: dict[Any, Callable[[fx.Node], Any]] = {
 }
 
 
-def simplify(module: fx.GraphModule, keep_detach: bool = False) -> fx.GraphModule:
-    """The same function with fewer nodes; in place. Graphs that write in place are left as they are.
+def simplify(module: fx.GraphModule, keep_detach: bool = False, repeats: bool = False) -> fx.GraphModule:
+    """The same function with fewer nodes; the module given is changed. Graphs that write in place are left alone.
 
     Args:
         module: the graph.
         keep_detach: whether the graph will be differentiated, so that `detach` has a meaning.
+        repeats: whether operations that loops repeat are joined.
 
     Example:
         >>> from torch.fx.experimental.proxy_tensor import make_fx
@@ -54,16 +56,19 @@ def simplify(module: fx.GraphModule, keep_detach: bool = False) -> fx.GraphModul
     module.graph.eliminate_dead_code()
     if not any(mutates(node) for node in module.graph.nodes):
         size = -1
-        for _ in range(ROUNDS):
+        for i in range(ROUNDS):
             if len(module.graph.nodes) == size:
                 break
             size = len(module.graph.nodes)
             _fold(module)
             _peephole(module, keep_detach)
-            shorten(module)
+            if i > 0 or not repeats:  # before the steps of a loop are joined they should look alike
+                shorten(module)
             _share_attributes(module)
             module.graph = fx_graph_cse(module.graph)
             module.graph.eliminate_dead_code()
+            if i == 0 and repeats:
+                module, size = join(module) or module, -1
         _drop_unused_buffers(module)
     module.recompile()
     return module
@@ -127,6 +132,8 @@ def _unchanged(module: fx.GraphModule, node: fx.Node, kind: Any) -> fx.Node | No
 
     if target in (*_SHAPED, aten._to_copy.default):
         return args[0] if keeps(args[0]) else None
+    if target is aten.permute.default:
+        return args[0] if list(args[1]) == list(range(len(args[1]))) else None
     if target is aten.pow.Tensor_Scalar:
         return args[0] if args[1] == 1 and keeps(args[0]) else None
     if node.kwargs or len(args) < 2:
