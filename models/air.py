@@ -68,7 +68,7 @@ class AIR(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             self.head.bias[0] = 2.0  # begin by using objects: those never tried are never learned
-            self.decoder[2].bias.fill_(-1.0)
+            self.decoder[2].bias.sub_(1.0)  # type: ignore[operator]
         self.register_buffer("centre", torch.tensor([size / window, 0.0, 0.0]))
         self.register_buffer("spread", torch.tensor([0.2, 0.4, 0.4]))
 
