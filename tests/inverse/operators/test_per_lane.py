@@ -67,7 +67,7 @@ def test_rows_go_through_their_own_operator(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["masks", "scaled masks", "matrices", "scales"])
 def test_decompositions_are_those_of_the_rows(name: str) -> None:
-    members, operator = merged(name)
+    _, operator = merged(name)
     svd, x, y = operator.svd(), rand(5, 4), rand(5, *operator.out_shape)
     assert svd.s.shape == (5, svd.rank)
     rebuilt = svd.from_spectral_data(svd.s * svd.to_spectral(x))
