@@ -1,4 +1,4 @@
-"""Attend, infer, repeat: count the digits in a picture, say where they are and what they look like. Two minutes.
+"""Attend, infer, repeat: count the digits in a picture, say where they are and what they look like. A minute on a CPU.
 
 `models.AIR` holds two Pyro programs. The model puts up to two objects into an image; the guide looks for them one after
 another with a recurrent network. Whether there is another object is a coin, through which no gradient flows: it is
@@ -29,11 +29,11 @@ test, truth = scenes((digits.held_out[:, 0] + 1) / 2, 500, generator, SIZE)
 
 # %% the same programs, fitted with two estimators of the gradient through the coins
 
-steps, fits = (10 if SMOKE else 6000), {}
+steps, fits = (10 if SMOKE else 3000), {}
 for estimator in ("enum", "reinforce"):
     air = AIR(size=SIZE, steps=2, hidden=64, sigma=0.2)
     coins = {f"present_{t}": estimator for t in range(air.steps)}
-    backend = ppl.SVI(guide=air.guide, steps=steps, particles=1, lr=2e-3, lr_ratio=0.1, estimators=coins)
+    backend = ppl.SVI(guide=air.guide, steps=steps, particles=1, lr=4e-3, lr_ratio=0.1, estimators=coins)
     fits[estimator] = backend.fit(ppl.Program(air.model, train, 64))
     for name in ("decoder", "glimpse", "image", "recur", "seen", "head"):
         setattr(air, name, fits[estimator].module(name, getattr(air, name)))

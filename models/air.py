@@ -21,6 +21,9 @@ from torch import Tensor, nn
 __all__ = ["AIR", "scenes"]
 
 
+RARE = 0.03  # least chance of another object and of none: what is never tried is never learned
+
+
 class AIR(nn.Module):
     """Model and guide, two Pyro programs on one set of networks; both broadcast over axes to the left.
 
@@ -67,7 +70,6 @@ class AIR(nn.Module):
         self.head = nn.Linear(hidden, 7)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias[0] = 2.0  # begin by using objects: those never tried are never learned
             self.decoder[2].bias.sub_(1.0)  # type: ignore[operator]
         self.register_buffer("centre", torch.tensor([size / window, 0.0, 0.0]))
         self.register_buffer("spread", torch.tensor([0.2, 0.4, 0.4]))
@@ -130,7 +132,8 @@ class AIR(nn.Module):
         out = self.head(h)
         loc = self.centre + self.spread * out[..., 1:4] * 3
         scale = self.spread * nn.functional.softplus(out[..., 4:7])
-        return (given, h, cell, last), torch.sigmoid(out[..., 0]), loc, scale
+        chance = RARE + (1 - 2 * RARE) * torch.sigmoid(out[..., 0])
+        return (given, h, cell, last), chance, loc, scale
 
     def look(self, images: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale of an object's appearance, from a glimpse at its place."""
