@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sde.incomplete_gamma import Array, constant
+from sde.prior import can_look
 
 __all__ = ["BLOCK", "BrownianNoise", "Increments", "Noise"]
 
@@ -109,6 +110,7 @@ class Increments:
         if times.ndim != 1 or len(times) < 2 or not (np.diff(times) > 0).all():
             raise ValueError(f"a grid is two or more strictly increasing times, got {grid}")
         self.noise, self.grid, self.steps, self.dt = noise, times, len(times) - 1, np.diff(times)
+        self._fixed_maps: list[tuple[Array, Array]] | None = None
 
     @cached_property
     def _moves(self) -> tuple[Array, Array]:
@@ -164,29 +166,40 @@ class Increments:
         """
         if self.noise.size == 0:
             return eps * constant(np.sqrt(self.dt), eps).to(eps)
-        before, after = self.weights(eps)
-        decay, gain = (constant(move, eps) for move in self._moves)
         y = None
         if starts_random(self.noise):
             if start is None:
                 raise ValueError("type I starts from random factors: give their normal numbers, (*batch, size)")
             y = start @ constant(self.noise.initial_factor.T, eps).to(start)  # type: ignore[attr-defined]
         parts: list[Tensor] = []
-        for first, last, of_noise, of_start in self._blocks:
-            response, memory = constant(of_noise, eps), constant(of_start, eps)
-            w0, w1 = (w if w.shape[-2] == 1 else w[..., first:last, :] for w in (before, after))
-            carry = w1 * decay[first:last] - w0  # what an increment takes from Y before its step
-            matrix = torch.einsum("njk,...nk->...nj", response[:-1], carry)
-            matrix = matrix + torch.diag_embed((w1 * gain[first:last]).sum(-1))
+        for (first, last, of_noise, of_start), (matrix, pull) in zip(self._blocks, self._maps(eps), strict=True):
             own = eps[..., first:last]
-            increment = (matrix.to(own) @ own[..., None])[..., 0]
+            increment = _along(own, matrix.to(own).mT)
             if y is not None:
-                increment = increment + (y[..., None, :] * (carry * memory[:-1]).to(own)).sum(-1)
+                increment = increment + _along(y, pull.to(own).mT)
             parts.append(increment)
             if last < self.steps:
-                moved = own @ response[-1].to(own)
-                y = moved if y is None else y * memory[-1].to(own) + moved
+                moved = own @ constant(of_noise[-1], eps).to(own)
+                y = moved if y is None else y * constant(of_start[-1], eps).to(own) + moved
         return torch.cat(parts, -1)
+
+    def _maps(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What makes increments in every block: of noise (*hurst, n, j), of factors at its start (*hurst, n, size)."""
+        fixed = isinstance(getattr(self.noise, "hurst", None), float)
+        if fixed and self._fixed_maps is not None:
+            return [(constant(a, like), constant(b, like)) for a, b in self._fixed_maps]
+        before, after = self.weights(like)
+        decay, gain = (constant(move, like) for move in self._moves)
+        maps = []
+        for first, last, of_noise, of_start in self._blocks:
+            w0, w1 = (w if w.shape[-2] == 1 else w[..., first:last, :] for w in (before, after))
+            carry = w1 * decay[first:last] - w0  # what an increment takes from Y before its step
+            matrix = (constant(of_noise[:-1], like) @ carry[..., None])[..., 0]
+            matrix = matrix + torch.diag_embed((w1 * gain[first:last]).sum(-1))
+            maps.append((matrix, carry * constant(of_start[:-1], like)))
+        if fixed and can_look(before):
+            self._fixed_maps = [(a.cpu().numpy(), b.cpu().numpy()) for a, b in maps]
+        return maps
 
     def factor(self) -> Tensor:
         """Cholesky factor of the covariance of the increments: (*hurst, steps, steps), float64."""
@@ -204,3 +217,13 @@ class Increments:
         from_noise = self(eye.movedim(-2, 0), zeros(self.steps, *lead, size)).movedim(0, -1)
         from_start = self(zeros(size, *hurst, self.steps), start.reshape(size, *lead, size)).movedim(0, -1)
         return torch.linalg.cholesky(from_noise @ from_noise.mT + from_start @ from_start.mT)
+
+
+def _along(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix over the last axis; a matrix for each noise where there are several: one product, not one per path."""
+    if matrix.ndim == 2:
+        return x @ matrix
+    lead = matrix.shape[:-2]
+    flat = x.expand(*x.shape[: x.ndim - 1 - len(lead)], *lead, x.shape[-1]).reshape(-1, lead.numel(), x.shape[-1])
+    found = torch.bmm(flat.transpose(0, 1), matrix.reshape(-1, *matrix.shape[-2:])).transpose(0, 1)
+    return found.reshape(*x.shape[: x.ndim - 1 - len(lead)], *lead, matrix.shape[-1])

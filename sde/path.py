@@ -200,6 +200,12 @@ class Path(TorchDistribution):
             dt = constant(inc.dt[first : first + increments.shape[-1]], x).to(x)
             return x[..., None, :] + (process.f(x, times[0])[..., None, :] * dt[:, None] + moves).cumsum(-2)
         found: list[Tensor] = []
+        if not callable(process.diffusion) and not process.general:  # the noise's part of all steps at once
+            moves = increments * process.g(x, times[0])[..., None]
+            for n, move in enumerate(moves.unbind(-1), first):
+                x = torch.add(x + move, process.f(x, times[n]), alpha=dts[n])
+                found.append(x)
+            return torch.stack(found, -2)
         for n, increment in enumerate(increments.unbind(-1), first):
             x = process.step(x, times[n], dts[n], increment)
             found.append(x)
