@@ -7,12 +7,13 @@
     python -m benchmarks.mcmc --show                       the table of what was measured
 
 Every engine runs twice on a model, one engine after the other before the next model: the first run counts tracing and
-compilation (in an empty cache, libraries imported before), the second, on a compiled density, does not (NumPyro: the
-same sampler again). ppl.NUTS compiles in its first run where that pays, and is made to before the second. Pyro compiles
-nothing and runs once, as long as PYRO_SECONDS lets it: the time of one gradient says how many warmup draws take half of
-that, 50 to 200 of them, and draws then go on for as long as the warmup took. Seconds are those of the processor,
-compilers included, so that a shared machine does not blur them. The effective sample size is ArviZ's bulk ESS, the
-least over all parameters; a run with fewer than four draws counts as that many.
+compilation (in an empty cache, libraries imported before), the second, on a compiled density, does not. ppl.NUTS
+compiles in its first run where that pays, and is made to before the second. NumPyro's sampler is one compiled function
+of a key: `MCMC.run` by itself would compile anew for each chain and in each call. Pyro compiles nothing and runs once,
+as long as PYRO_SECONDS lets it: the time of one gradient says how many warmup draws take half of that, 50 to 200 of
+them, and draws then go on for as long as the warmup took. Seconds are those of the processor, compilers included, so
+that a shared machine does not blur them. The effective sample size is ArviZ's bulk ESS, the least over all parameters;
+a run with fewer than four draws counts as that many.
 Rows go to runs/mcmc.jsonl, and a second call goes on where the first stopped. Without the reference data the command
 says so and ends well.
 """
@@ -185,18 +186,16 @@ def numpyros(name: str, data: dict[str, Any], seed: int) -> Callable[[], dict[st
     jax.config.update("jax_enable_x64", True)
     warmup, draws, chains = LENGTH["NumPyro NUTS"]
     kernel = NUTS(numpyro_model(name, data))
-    mcmc = MCMC(
-        kernel,
-        num_warmup=warmup,
-        num_samples=draws,
-        num_chains=chains,
-        chain_method="sequential",
-        progress_bar=False,
-    )
+    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=1, progress_bar=False)
+
+    @jax.jit
+    def chain(key: Any) -> dict[str, Any]:
+        mcmc.run(key)
+        return mcmc.get_samples()
 
     def run() -> dict[str, Any]:
-        mcmc.run(jax.random.PRNGKey(seed))
-        return {n: np.asarray(v) for n, v in mcmc.get_samples(group_by_chain=True).items()}
+        each = [chain(key) for key in jax.random.split(jax.random.PRNGKey(seed), chains)]
+        return {n: np.stack([np.asarray(one[n]) for one in each]) for n in each[0]}
 
     return run
 
@@ -327,7 +326,7 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
     """One row: processor seconds of both runs, the least ESS and its rates."""
     data = logistic_data() if name == "logistic" else json.loads((where / f"{MODELS[name]}.data.json").read_text())
     tests = read_tests()
-    seconds, clock, sizes, count = [], [], [], 0
+    seconds, clock, sizes, kinds, count = [], [], [], [], 0
     start, began = processor(), time.perf_counter()
     program, sites = logistic_program(data) if name == "logistic" else tests.MODELS[MODELS[name]](data)
     if engine == "NumPyro NUTS":
@@ -344,6 +343,7 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
         seconds.append(processor() - start)
         clock.append(time.perf_counter() - began)
         count = len(next(iter(draws.values()))[0]) if draws else 0
+        kinds.append(sorted({r.kind for f in program._functions.values() for r in f._runners.values()}))
         sizes.append(least_ess(draws) if count >= 4 else float(count))
         start, began = processor(), time.perf_counter()
     return {
@@ -352,6 +352,7 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
         "draws": count,
         "seconds": seconds,
         "clock": clock,
+        "kinds": kinds,
         "least_ess": sizes,
         "ess_per_s_cold": sizes[0] / seconds[0],
         "ess_per_s_warm": sizes[-1] / seconds[-1],
@@ -541,19 +542,19 @@ def main() -> None:
         if "NumPyro NUTS" in engines and importlib.util.find_spec("numpyro") is None:
             print("NumPyro is not installed here and is left out; `make bench-mcmc` has an environment with it")
             engines.remove("NumPyro NUTS")
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            for library in ("nutpie", "pyarrow", "torch._inductor.compile_fx", "jax", "numpyro.infer"):
-                if importlib.util.find_spec(library.split(".")[0]) is not None:
-                    importlib.import_module(library)
-            for name in options.models:
-                for engine in engines:
-                    if any(r["model"] == name and r["engine"] == engine for r in rows):
-                        continue
+        for library in ("nutpie", "pyarrow", "torch._inductor.compile_fx", "jax", "numpyro.infer"):
+            if importlib.util.find_spec(library.split(".")[0]) is not None:
+                importlib.import_module(library)
+        for name in options.models:
+            for engine in engines:
+                if any(r["model"] == name and r["engine"] == engine for r in rows):
+                    continue
+                with tempfile.TemporaryDirectory() as cache:  # each engine's own, or the second would find the first's
+                    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
                     row = {"settings": settings, **measure(name, engine, where, options.seed)}
-                    append(RESULTS, row)
-                    rows.append(row)
-                    show([row])
+                append(RESULTS, row)
+                rows.append(row)
+                show([row])
         print()
     rows = [r for r in rows if r["model"] in options.models and r["engine"] in options.engines]
     show(rows)
