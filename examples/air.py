@@ -60,7 +60,7 @@ axis.set(
 )
 axis.legend()
 grid = middle.subplots(2, 8)
-for i, (top, bottom) in enumerate(grid.T):
+for i, (top, bottom) in zip((truth > 0).nonzero()[:, 0].tolist(), grid.T, strict=False):
     top.imshow(test[i], cmap="gray", vmin=0, vmax=1)
     canvas = torch.zeros(SIZE, SIZE)
     for t, colour in enumerate(("tab:orange", "tab:cyan")):
