@@ -18,15 +18,14 @@ from torch import Tensor
 import ppl
 from models.conjugate import inverse_gamma_family, log_variance_posterior, normal_family, normal_posterior
 from models.fusion import (
-    BEARING_SD,
     Motion,
-    Rangefinder,
     TrackPriors,
-    WrappedNormal,
     corrected,
     kalman_update,
     particle_filter,
     range_bearing,
+    range_bearing_data,
+    range_bearing_log_likelihood,
     recursion,
     turning_point,
 )
@@ -215,21 +214,12 @@ def fusion() -> None:
     fitted = train(range_bearing(), priors=TrackPriors(), steps=1500, batch=256, **size)
     generator = torch.Generator().manual_seed(1)
     x = motion.simulate(15, 100, generator)
-    along, across = x[..., 0], x[..., 2]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        seen = Rangefinder((along.square() + across.square()).sqrt()).sample()
-        angle = WrappedNormal(torch.atan2(across, along), BEARING_SD).sample()
-    y = torch.stack([seen, angle], -1)
+    y = range_bearing_data(x, seed=2)
 
     def update(prior: Mixture, now: Tensor) -> Mixture:
         return fitted.mixtures(prior, range=now[:, 0], bearing=now[:, 1])
 
-    def log_likelihood(z: Tensor, now: Tensor) -> Tensor:
-        distance = (z[..., 0].square() + z[..., 2].square()).sqrt()
-        bearing = WrappedNormal(torch.atan2(z[..., 2], z[..., 0]), BEARING_SD).log_prob(now[..., 1])
-        return Rangefinder(distance).log_prob(now[..., 0]) + bearing
-
+    log_likelihood = range_bearing_log_likelihood
     filters = {"one pass": update, "corrected, 1000 draws": corrected(update, log_likelihood, 1000, generator)}
     for name, step in filters.items():
         cpu = time.process_time()

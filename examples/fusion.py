@@ -9,13 +9,12 @@ import torch
 
 import ppl
 from models.fusion import (
-    BEARING_SD,
-    Rangefinder,
     TrackPriors,
-    WrappedNormal,
     corrected,
     particle_filter,
     range_bearing,
+    range_bearing_data,
+    range_bearing_log_likelihood,
     recursion,
     turning_point,
 )
@@ -30,24 +29,14 @@ fitted = backend.fit(range_bearing(), seed=0, monitor=ppl.Monitor(progress=True)
 
 generator, motion = torch.Generator().manual_seed(4), turning_point()
 truth = motion.simulate(15, 1, generator)
-along, across = truth[..., 0], truth[..., 2]
-with torch.random.fork_rng(devices=[]):
-    torch.manual_seed(1)
-    ranges = Rangefinder((along.square() + across.square()).sqrt()).sample()
-    bearings = WrappedNormal(torch.atan2(across, along), BEARING_SD).sample()
-y = torch.stack([ranges, bearings], -1)
+y = range_bearing_data(truth, seed=1)
 
 
 def update(prior, now):
     return fitted.mixtures(prior, range=now[:, 0], bearing=now[:, 1])
 
 
-def log_likelihood(state, now):
-    x, y = state[..., 0], state[..., 2]
-    seen = Rangefinder((x.square() + y.square()).sqrt()).log_prob(now[..., 0])
-    return seen + WrappedNormal(torch.atan2(y, x), BEARING_SD).log_prob(now[..., 1])
-
-
+log_likelihood = range_bearing_log_likelihood
 tracks = {
     "transformer": recursion(update, motion, y),
     "transformer, weighted draws": recursion(corrected(update, log_likelihood, 1000, generator), motion, y),

@@ -31,6 +31,8 @@ __all__ = [
     "kalman_update",
     "particle_filter",
     "range_bearing",
+    "range_bearing_data",
+    "range_bearing_log_likelihood",
     "recursion",
     "turning_point",
 ]
@@ -254,6 +256,42 @@ def range_bearing() -> Program:
 
     zero = torch.zeros((), dtype=torch.float64)
     return Program(seen, zero + 4.0, zero, compile="never")
+
+
+def range_bearing_data(states: Tensor, seed: int) -> Tensor:
+    """Measurements (*batch, 2), range and bearing, of states (*batch, 4).
+
+    Args:
+        states: (x, velocity, y, velocity).
+        seed: of all noise; the global generator is left as it was.
+
+    Example:
+        >>> range_bearing_data(torch.ones(15, 3, 4), seed=0).shape
+        torch.Size([15, 3, 2])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.stack([law.sample() for law in _sensors(states)], -1)
+
+
+def range_bearing_log_likelihood(states: Tensor, y: Tensor) -> Tensor:
+    """log p(y | state): states (*batch, 4) and measurements (*batch, 2), which broadcast -> (*batch,).
+
+    Example:
+        >>> state, y = torch.tensor([3.0, 0.0, 4.0, 0.0]), torch.tensor([[5.0, 0.927], [9.0, 0.0]])
+        >>> near, far = range_bearing_log_likelihood(state, y)
+        >>> bool(near > far)
+        True
+    """
+    distance, bearing = _sensors(states)
+    return distance.log_prob(y[..., 0]) + bearing.log_prob(y[..., 1])
+
+
+def _sensors(states: Tensor) -> tuple[Rangefinder, WrappedNormal]:
+    """The laws of range and bearing seen from the origin."""
+    along, across = states[..., 0], states[..., 2]
+    distance = Rangefinder((along.square() + across.square()).sqrt())
+    return distance, WrappedNormal(torch.atan2(across, along), BEARING_SD)
 
 
 def turning_point(dt: float = 0.2) -> Motion:

@@ -17,6 +17,8 @@ from models.fusion import (
     kalman_update,
     particle_filter,
     range_bearing,
+    range_bearing_data,
+    range_bearing_log_likelihood,
     recursion,
     turning_point,
 )
@@ -107,6 +109,18 @@ def test_sensors_are_normalised_and_drawn_from_their_density() -> None:
             share = float(density[(points >= a) & (points < b)].sum() * step)
             found = float(((draws >= a) & (draws < b)).double().mean())
             assert abs(found - share) < 5 * math.sqrt(max(share, 1e-4) * (1 - share) / 40_000)
+
+
+def test_measurements_have_the_density_of_the_program() -> None:
+    """As the program that the transformer is trained on says; the seed makes them, and the global generator rests."""
+    states = torch.tensor([[3.0, 0.1, 4.0, 0.2], [2.0, 0.0, -1.0, 0.0]], dtype=F64)
+    before = torch.random.get_rng_state()
+    y = range_bearing_data(states, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.testing.assert_close(y, range_bearing_data(states, seed=0))
+    for state, now in zip(states, y, strict=True):
+        told = range_bearing().with_data(range=now[0], bearing=now[1]).log_likelihood({"state": state})
+        torch.testing.assert_close(range_bearing_log_likelihood(state, now), told, rtol=1e-9, atol=1e-9)
 
 
 def test_programs_and_priors_fit_together() -> None:
