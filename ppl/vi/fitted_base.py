@@ -177,7 +177,9 @@ class Fitted:
     ) -> dict[str, Any]:
         """The fields of a guide but for the guide itself, from what `state` gave."""
         if not isinstance(meta, Mapping) or meta.get("kind") != cls.KIND:
-            raise CheckpointError(f"{where} does not hold a fitted guide ({cls.KIND}); give the path that its save wrote")
+            raise CheckpointError(
+                f"{where} does not hold a fitted guide ({cls.KIND}); give the path that its save wrote"
+            )
         sites = cls._sites(program)
         if list(meta["sites"].items()) != list(sites.items()):
             raise ShapeError(f"{where} was fitted to the sites {meta['sites']}, but the program has {sites}")

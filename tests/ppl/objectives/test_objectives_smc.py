@@ -1,4 +1,4 @@
-"""SMC inside marginals and normalised targets: both contracts, and the gradient, by running through all joint states."""
+"""SMC inside marginals and normalised targets: both contracts and the gradient, by running through all joint states."""
 
 from __future__ import annotations
 
