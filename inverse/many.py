@@ -124,16 +124,16 @@ class ManyProblems:
 
 
 @dataclass(frozen=True)
-class LaneProblem(DiffusionProblem):
-    """Several problems as one, whose lanes are draws of this problem or that.
-
-    Args:
-        many: all problems.
-        which: (lanes,) problem of every lane.
-    """
+class _OfMany:
+    """What belongs to several problems: all of them, and (lanes,) the problem of every lane."""
 
     many: ManyProblems
     which: Tensor
+
+
+@dataclass(frozen=True)
+class LaneProblem(_OfMany, DiffusionProblem):
+    """Several problems as one, whose lanes are draws of this problem or that."""
 
     @property
     def lowest_level(self) -> float:
@@ -154,16 +154,8 @@ class LaneProblem(DiffusionProblem):
 
 
 @dataclass(frozen=True)
-class LaneLikelihood(Likelihood):
-    """The likelihood of every lane's own problem.
-
-    Args:
-        many: all problems.
-        which: (lanes,) problem of every lane.
-    """
-
-    many: ManyProblems
-    which: Tensor
+class LaneLikelihood(_OfMany, Likelihood):
+    """The likelihood of every lane's own problem."""
 
     @cached_property
     def _reading(self) -> tuple[GaussianLikelihood | None, str]:

@@ -17,9 +17,24 @@ from ppl.amortised import Mixture
 from ppl.errors import OptionError
 from ppl.program import Program
 
-__all__ = ["inverse_gamma_family", "log_variance_posterior", "normal_family", "normal_posterior"]
+__all__ = ["gamma_parameters", "inverse_gamma_family", "log_variance_posterior", "normal_family", "normal_posterior"]
 
 SHAPE, RATE = 4.0, 6.0  # of both parameters of the prior: the wide family
+
+
+def gamma_parameters(
+    a: Tensor, b: Tensor, like: Tensor, shape: float = SHAPE, rate: float = RATE
+) -> tuple[Tensor, Tensor]:
+    """The sites "a" and "b": both parameters of a prior, as data under the law Gamma(shape, rate).
+
+    Example:
+        >>> a, b = torch.ones(2)
+        >>> trace = pyro.poutine.trace(gamma_parameters).get_trace(a, b, like=a)
+        >>> round(float(trace.log_prob_sum()), 4)                      # 2 (4 ln 6 - ln 3! - 6)
+        -1.2494
+    """
+    law = dist.Gamma(like.new_tensor(shape), like.new_tensor(rate))
+    return pyro.sample("a", law, obs=a), pyro.sample("b", law, obs=b)
 
 
 def inverse_gamma_family(shape: float = SHAPE, rate: float = RATE) -> Program:
@@ -37,9 +52,7 @@ def inverse_gamma_family(shape: float = SHAPE, rate: float = RATE) -> Program:
     """
 
     def inverse_gamma(a: Tensor, b: Tensor, y: Tensor) -> None:
-        law = dist.Gamma(y.new_tensor(shape), y.new_tensor(rate))
-        a = pyro.sample("a", law, obs=a)
-        b = pyro.sample("b", law, obs=b)
+        a, b = gamma_parameters(a, b, y, shape, rate)
         x = pyro.sample("x", dist.InverseGamma(a, b))
         pyro.sample("y", dist.Normal(y.new_zeros(()), x.sqrt()), obs=y)
 

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from models.conjugate import gamma_parameters
 from ppl.program import Program
 
 __all__ = ["grid_posterior", "log_joint", "success_probability", "two_level_system"]
@@ -24,7 +25,6 @@ __all__ = ["grid_posterior", "log_joint", "success_probability", "two_level_syst
 STATES = ((1.0, 0.0),) * 5 + ((0.0, 1.0),) * 2 + ((1.0, 1.0),) * 3
 TIMES = (1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0, 1.0, 2.0, 3.0)
 STATE_SD, TIME_SD = 0.1, 0.05
-SHAPE, RATE = 4.0, 6.0  # law of both concentrations of the prior
 NODES = 40
 
 
@@ -67,9 +67,7 @@ def two_level_system() -> Program:
     """
 
     def two_levels(a: Tensor, b: Tensor, z: Tensor) -> None:
-        law = dist.Gamma(z.new_tensor(SHAPE), z.new_tensor(RATE))
-        a = pyro.sample("a", law, obs=a)
-        b = pyro.sample("b", law, obs=b)
+        a, b = gamma_parameters(a, b, z)
         delta = pyro.sample("delta", dist.Beta(a, b))
         pyro.sample("z", dist.Bernoulli(success_probability(delta)).to_event(1), obs=z)
 

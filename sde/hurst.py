@@ -77,23 +77,31 @@ def whittle_log_likelihood(increments: Tensor, hurst: Tensor | float, scale: Ten
         >>> bool(whittle_log_likelihood(x, 0.5) > whittle_log_likelihood(x, 0.9))
         True
     """
-    frequency, power = _periodogram(increments)
-    density = fgn_spectrum(frequency, torch.as_tensor(hurst, dtype=increments.dtype)[..., None])
+    return _whittle(_periodogram(increments), hurst, scale)[1]
+
+
+def _whittle(
+    periodogram: tuple[Tensor, Tensor], hurst: Tensor | float, scale: Tensor | float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Variance of an increment, the best one where no scale is given, and Whittle's log likelihood there."""
+    frequency, power = periodogram
+    density = fgn_spectrum(frequency, torch.as_tensor(hurst, dtype=power.dtype)[..., None])
     ratio = power / density
-    variance = ratio.mean(-1) if scale is None else torch.as_tensor(scale, dtype=increments.dtype) ** 2
+    variance = ratio.mean(-1) if scale is None else torch.as_tensor(scale, dtype=power.dtype) ** 2
     terms = -(density.log() + variance[..., None].log() + ratio / variance[..., None])
-    return terms.sum(-1)
+    return variance, terms.sum(-1)
 
 
-def _best(objective: Callable[[Tensor], Tensor], like: Tensor, low: float, high: float) -> Tensor:
-    """Golden-section search for the largest value, one for every series at once."""
+def _best(judged: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor, low: float, high: float) -> HurstEstimate:
+    """Golden-section search, one for every series at once, for the index whose (scale, log likelihood) has the most."""
     a, b = like.new_full(like.shape[:-1], low), like.new_full(like.shape[:-1], high)
     for _ in range(28):  # 0.618^28 = 1.4e-6 of the interval
         width = GOLDEN * (b - a)
         left, right = b - width, a + width
-        better = objective(left) > objective(right)
+        better = judged(left)[1] > judged(right)[1]
         a, b = torch.where(better, a, left), torch.where(better, right, b)
-    return (a + b) / 2
+    best = (a + b) / 2
+    return HurstEstimate(best, *judged(best))
 
 
 def _check_series(increments: Tensor, least: int) -> None:
@@ -125,12 +133,11 @@ def hurst_mle(increments: Tensor, *, low: float = 0.01, high: float = 0.99) -> H
     _check_series(increments, 4)
     lags = torch.arange(increments.shape[-1], dtype=increments.dtype, device=increments.device)
 
-    def found(hurst: Tensor) -> Tensor:
-        return innovations(fgn_autocovariance(lags, hurst[..., None]), increments).log_likelihood()
+    def judged(hurst: Tensor) -> tuple[Tensor, Tensor]:
+        result = innovations(fgn_autocovariance(lags, hurst[..., None]), increments)
+        return result.scale, result.log_likelihood()
 
-    best = _best(found, increments, low, high)
-    result = innovations(fgn_autocovariance(lags, best[..., None]), increments)
-    return HurstEstimate(best, result.scale, result.log_likelihood())
+    return _best(judged, increments, low, high)
 
 
 @torch.no_grad()
@@ -151,7 +158,10 @@ def hurst_whittle(increments: Tensor, *, low: float = 0.01, high: float = 0.99) 
         True
     """
     _check_series(increments, 8)
-    best = _best(lambda hurst: whittle_log_likelihood(increments, hurst), increments, low, high)
-    frequency, power = _periodogram(increments)
-    scale = (power / fgn_spectrum(frequency, best[..., None])).mean(-1).sqrt()
-    return HurstEstimate(best, scale, whittle_log_likelihood(increments, best))
+    periodogram = _periodogram(increments)
+
+    def judged(hurst: Tensor) -> tuple[Tensor, Tensor]:
+        variance, value = _whittle(periodogram, hurst)
+        return variance.sqrt(), value
+
+    return _best(judged, increments, low, high)
