@@ -89,3 +89,44 @@ def switch_exact(particles: int, bound: Callable[[Tensor], Tensor]) -> tuple[flo
     value = (log_q[states].sum(1).exp() * bound(log_w.mT)).sum()
     (grad,) = torch.autograd.grad(value, a)
     return float(value.detach()), float(grad)
+
+
+# A model that is right for one draw only: z[0] of a batch of draws is not the first entry.
+
+
+def one_draw_model(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z[0] + z.sum(), 1.0), obs=y)
+
+
+def one_draw_guide(y: Tensor) -> None:
+    m = pyro.param("m", torch.tensor([0.2, -0.1], dtype=torch.float64))
+    pyro.sample("z", dist.Normal(m, 0.5).to_event(1))
+
+
+def one_draw_program() -> ppl.Program:
+    return ppl.Program(one_draw_model, real(1.0))
+
+
+# Coins z0, z1, ..., each with odds that the one before raises.
+
+
+def coins_agree(
+    cost: Callable[[Any], Tensor], rise: float, policy: dict[str, Any], compared: int, power: float
+) -> None:
+    """The gradient of E cost(coins), one estimator for each coin, is the enumerated one for the first coins."""
+
+    def coins() -> None:
+        z = real(0.0)
+        for t in range(len(policy)):
+            z = pyro.sample(f"z{t}", dist.Bernoulli(logits=pyro.param(f"a{t}", real(rise * t - 0.5)) + 2 * z))
+
+    def objective(ctx: Any, model: Any, guide: Any) -> Tensor:
+        return cost(ctx.sim(guide))
+
+    truth = Engine(objective, None, coins, policy=lambda name, fn: "enum", dtype=torch.float64).gradient().gradient
+    engine = Engine(objective, None, coins, policy=policy, dtype=torch.float64)
+    runs = [engine.gradient(samples=4000, seed=i).gradient for i in range(20)]
+    for t in range(compared):
+        rows = torch.stack([r[f"a{t}"] for r in runs])
+        agrees(Measured(rows.mean(), rows.std() / len(rows) ** 0.5), float(truth[f"a{t}"]), power)

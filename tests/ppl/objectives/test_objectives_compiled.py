@@ -15,6 +15,8 @@ from objective_cases import (
     normal_guide,
     normal_model,
     normal_program,
+    one_draw_guide,
+    one_draw_program,
     real,
     switch_exact,
     switch_guide,
@@ -220,15 +222,7 @@ def test_baseline_tensors_are_those_of_the_run() -> None:
 
 
 def test_programs_that_run_lane_by_lane() -> None:
-    def model(y: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=D), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(z[0] + z.sum(), 1.0), obs=y)
-
-    def guide(y: Tensor) -> None:
-        m = pyro.param("m", torch.tensor([0.2, -0.1], dtype=D))
-        pyro.sample("z", dist.Normal(m, 0.5).to_event(1))
-
-    engine = Engine(ELBO(), ppl.Program(model, real(1.0)), guide)
+    engine = Engine(ELBO(), one_draw_program(), one_draw_guide)
     assert engine.loop
     same_gradient(engine)
 

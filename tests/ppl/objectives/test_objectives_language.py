@@ -9,7 +9,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from objective_cases import agrees, differs, measure, normal_guide, normal_program, real, switch_guide, switch_program
+from objective_cases import (
+    agrees,
+    differs,
+    measure,
+    normal_guide,
+    normal_program,
+    one_draw_guide,
+    one_draw_program,
+    real,
+    switch_guide,
+    switch_program,
+)
 from torch import Tensor
 
 import ppl
@@ -112,16 +123,7 @@ def test_lane_by_lane_is_the_same_estimator(estimator: str) -> None:
 
 def test_a_model_for_one_draw_falls_back_to_a_loop() -> None:
     """`z[0] + z.sum()` is right for one draw only: found out, noted, and run draw by draw with exact answers."""
-
-    def model(y: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=D), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(z[0] + z.sum(), 1.0), obs=y)
-
-    def guide(y: Tensor) -> None:
-        m = pyro.param("m", torch.tensor([0.2, -0.1], dtype=D))
-        pyro.sample("z", dist.Normal(m, 0.5).to_event(1))
-
-    engine = Engine(ELBO(), ppl.Program(model, real(1.0)), guide)
+    engine = Engine(ELBO(), one_draw_program(), one_draw_guide)
     assert engine.loop
     assert any("broadcast" in note for note in engine.notes)
     found = measure(engine, "m", 40, 20)

@@ -9,7 +9,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from objective_cases import Z_BOUND, Measured, agrees, measure, real, switch_exact, switch_guide, switch_program
+from objective_cases import (
+    Z_BOUND,
+    Measured,
+    agrees,
+    coins_agree,
+    measure,
+    real,
+    switch_exact,
+    switch_guide,
+    switch_program,
+)
 from torch import Tensor
 
 import ppl
@@ -98,22 +108,11 @@ def test_one_hot_choice_with_a_cost_that_jumps() -> None:
 def test_beside_every_other_estimator() -> None:
     """A chain of four coins, one estimator each: the gradient of the enumerated cost."""
 
-    def guide() -> None:
-        z = real(0.0)
-        for t in range(4):
-            z = pyro.sample(f"z{t}", dist.Bernoulli(logits=pyro.param(f"a{t}", real(0.3 * t - 0.5)) + 2 * z))
-
-    def objective(ctx: Any, model: Any, guide: Any) -> Tensor:
-        z = ctx.sim(guide)
+    def cost(z: Any) -> Tensor:
         return 3 * z["z0"] - 2 * z["z1"] * z["z2"] + z["z3"] * z["z0"] + z["z3"]
 
-    truth = Engine(objective, None, guide, policy=lambda name, fn: "enum", dtype=D).gradient().gradient
     policy = {"z0": Relax(surrogate), "z1": "mvd", "z2": Relax(surrogate), "z3": "reinforce"}
-    engine = Engine(objective, None, guide, policy=policy, dtype=D)
-    runs = [engine.gradient(samples=4000, seed=i).gradient for i in range(20)]
-    for t in range(4):
-        rows = torch.stack([r[f"a{t}"] for r in runs])
-        agrees(Measured(rows.mean(), rows.std() / len(rows) ** 0.5), float(truth[f"a{t}"]), 0.5)
+    coins_agree(cost, 0.3, policy, compared=4, power=0.5)
 
 
 def test_surrogate_learns_and_lowers_the_variance() -> None:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from objective_cases import Measured, agrees, real
+from objective_cases import coins_agree, real
 from torch import Tensor
 
 import ppl
@@ -63,21 +63,10 @@ def test_runs_of_the_model_do_not_grow_with_the_arms(monkeypatch: pytest.MonkeyP
 def test_gradient_through_coins_that_follow_is_that_of_enumeration() -> None:
     """Coins after the site are drawn anew in every arm, from noise that all share; the gradient stays unbiased."""
 
-    def coins() -> None:
-        z = real(0.0)
-        for t in range(3):
-            z = pyro.sample(f"z{t}", dist.Bernoulli(logits=pyro.param(f"a{t}", real(0.4 * t - 0.5)) + 2 * z))
-
-    def objective(ctx: Any, model: Any, guide: Any) -> Tensor:
-        z = ctx.sim(guide)
+    def cost(z: Any) -> Tensor:
         return 3 * z["z0"] - 2 * z["z1"] * z["z2"] + z["z2"]
 
-    truth = Engine(objective, None, coins, policy=lambda name, fn: "enum", dtype=D).gradient().gradient
-    engine = Engine(objective, None, coins, policy={"z0": "mvd", "z1": "mvd", "z2": "reinforce"}, dtype=D)
-    runs = [engine.gradient(samples=4000, seed=i).gradient for i in range(20)]
-    for t in range(2):
-        rows = torch.stack([r[f"a{t}"] for r in runs])
-        agrees(Measured(rows.mean(), rows.std() / len(rows) ** 0.5), float(truth[f"a{t}"]), 0.3)
+    coins_agree(cost, 0.4, {"z0": "mvd", "z1": "mvd", "z2": "reinforce"}, compared=2, power=0.3)
 
 
 def test_shapes_that_depend_on_draws_run_arm_by_arm() -> None:
