@@ -16,10 +16,11 @@ from torch.distributions import transform_to
 
 from ppl.backend import Exactness, register
 from ppl.errors import NotFiniteError, OptionError, ProgramError
-from ppl.fit_door import open_fit
+from ppl.fit_door import FitDoor
 from ppl.lbfgs import Climb
 from ppl.mcmc.target import fixed_density
 from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
 from ppl.vi.fitted import FittedGuide
 from ppl.vi.guides import FullRank
 
@@ -38,13 +39,14 @@ SAME = 1e-3  # nats of log density within which two searches count as one mode
 
 @register
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(FitDoor):
     """A normal at the mode, on unconstrained space; `run` is `fit` and draws of the normal.
 
     The mode is looked for by L-BFGS from several starts in one batch, and found by Newton's method; the Hessian comes
     from differentiating the density's graph twice (from gradients where that cannot be). All chains draw from one
-    fit. `info["laplace_log_evidence"]` is the approximation above, without an error of its own: `log_evidence` is
-    left to engines that have one, such as `ppl.Importance(ppl.Laplace())`.
+    fit, whose `history` holds the log density that every search reached; ProgramError says that there is no mode.
+    `info["laplace_log_evidence"]` is the approximation above, without an error of its own: `log_evidence` is left to
+    engines that have one, such as `ppl.Importance(ppl.Laplace())`.
 
     Args:
         starts: searches from random points.
@@ -81,10 +83,7 @@ class Laplace:
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("starts", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_integers(self, starts=1, steps=1)
         if not self.tolerance > 0:
             raise OptionError(f"tolerance must be positive, in nats, got {self.tolerance!r}")
         if not self.radius >= 0:
@@ -106,26 +105,8 @@ class Laplace:
         info["mode_log_density"] = fitted.history  # of every search
         return replace(made, info=info, attrs={**made.attrs, "backend": "Laplace"})
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-    ) -> FittedGuide:
-        """The normal at the highest mode; `history` of the guide holds the log density that every search reached.
-
-        Args:
-            program: the model and its data.
-            generator: source of the starting points; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-
-        Raises:
-            ProgramError: there is no mode, or the curvature at the highest point is not that of one.
-        """
-        generator, monitor = open_fit("Laplace", program, generator, seed, monitor)
+    def _fitted(self, program: Program, generator: torch.Generator, monitor: Monitor) -> FittedGuide:
+        """The normal at the highest mode; raises ProgramError where there is none."""
         flat = fixed_density(program, "Laplace", monitor)
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ppl.backend import Exactness, register
 from ppl.errors import NotFiniteError, OptionError
-from ppl.fit_door import open_fit
+from ppl.fit_door import FitDoor
 from ppl.importance import weighted_posterior
 from ppl.lbfgs import Climb
 from ppl.mcmc.target import fixed_density
 from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
 from ppl.smc.reference import GuideReference, in_chunks
 from ppl.vi.fitted import KINDS, FittedGuide
 from ppl.vi.guides.guide import LOG_2PI, Params, standard_normal
@@ -83,13 +84,13 @@ KINDS["PathMixture"] = PathMixture
 
 @register
 @dataclass(frozen=True)
-class Pathfinder:
+class Pathfinder(FitDoor):
     """Fast approximate draws: several paths uphill, a normal from each, importance resampling over their mixture.
 
     Weights are relative to the mixture of all paths, so that a path that ended in a minor mode takes little. `fit`
-    gives the mixture as a fitted guide: a proposal for `ppl.Importance`, a start for `ppl.SMC` and for chains
-    (`ppl.NUTS(init=ppl.Pathfinder())`). Draws are resampled; `info["root_ess"]` is what their weights were worth, and
-    k-hat above 0.7 says that they are not the posterior's.
+    gives the mixture as a fitted guide, with ELBOs of the paths as its `history`: a proposal for `ppl.Importance`, a
+    start for `ppl.SMC` and for chains (`ppl.NUTS(init=ppl.Pathfinder())`). Draws are resampled; `info["root_ess"]` is
+    what their weights were worth, and k-hat above 0.7 says that they are not the posterior's.
 
     Args:
         paths: ways uphill, from random points, in one batch.
@@ -133,10 +134,7 @@ class Pathfinder:
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("paths", 1), ("steps", 1), ("memory", 1), ("elbo_draws", 2), ("oversample", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integers(self, paths=1, steps=1, memory=1, elbo_draws=2, oversample=1)
         if not self.tolerance > 0:
             raise OptionError(f"tolerance must be positive, in nats, got {self.tolerance!r}")
         if not self.radius >= 0:
@@ -166,26 +164,8 @@ class Pathfinder:
         info["elbo_paths"] = fitted.history
         return replace(made, draws={n: pick(v) for n, v in made.draws.items()}, log_weight=None, info=info)
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-    ) -> FittedGuide:
-        """The mixture of the best normals of all paths; `history` of the guide holds their ELBOs.
-
-        Args:
-            program: the model and its data.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-
-        Raises:
-            NotFiniteError: no path met a point at which a normal has a finite ELBO.
-        """
-        generator, monitor = open_fit("Pathfinder", program, generator, seed, monitor)
+    def _fitted(self, program: Program, generator: torch.Generator, monitor: Monitor) -> FittedGuide:
+        """The mixture of the best normals of all paths; `history` holds their ELBOs."""
         flat = fixed_density(program, "Pathfinder", monitor)
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, windows
 from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
 from sde import Solver
 from sde.schedule import log_grid
 
@@ -118,9 +119,7 @@ class ParallelTempering(WalkBackend):
         super().__post_init__()
         check_nodes(self.nodes)
         positive(self, "sigma_min", "sigma_max", "tolerance")
-        for name, least in (("levels", 2), ("steps", 1), ("denoise_steps", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
+        check_integers(self, levels=2, steps=1, denoise_steps=1)
 
     def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Tempered:
         """The chains of one run."""

@@ -19,12 +19,12 @@ from torch import nn
 from inverse.variational.amortised_fitted import FittedDenoiser
 from inverse.variational.amortised_training import DenoiserTraining, judge
 from ppl.amortised.backend import AmortisedBackend
-from ppl.amortised.family import IfCorrected
 from ppl.amortised.pairs import Pairs
 from ppl.amortised.training import Training
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
+from ppl.option_checks import check_integers
 from ppl.program import Program
 from sde.solvers import DPMSolver2MSDE
 from sde.solvers.transition import Solver
@@ -100,21 +100,10 @@ class AmortisedDenoiser(AmortisedBackend[FittedDenoiser]):
     file: str | Path | None = None
     chunk: int | None = None
 
-    exact: ClassVar[Any] = IfCorrected("in_the_limit", "never")
-    limit: ClassVar[Any] = IfCorrected(("draws",), ("steps",))
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = True
     holds_denoisers: ClassVar[bool] = True  # it simulates a diffusion prior, and never asks for its density
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "width", "levels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number, one or more, got {value!r}")
-        if self.depth < 0 or not isinstance(self.depth, int):
-            raise OptionError(f"depth must be a whole number, zero or more, got {self.depth!r}")
+        check_integers(self, steps=1, batch=1, width=1, levels=1, depth=0)
         for name in ("lr", "p_std"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from ppl.program import Program
 from sde.denoiser import EDMDenoiser
 from sde.schedule import log_grid
 from sde.solvers import sample
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FittedDenoiser"]
 
@@ -63,6 +60,8 @@ class FittedDenoiser(Fitted):
     """
 
     FORM: ClassVar[tuple[str, ...]] = ("width", "depth")
+    noun: ClassVar[str] = "denoiser"
+    OWN: ClassVar[tuple[str, str]] = ("holds weights of a network of your own: pass own=", "has its own network")
 
     def sample(
         self, program: Program, draws: int, generator: torch.Generator, monitor: Monitor
@@ -134,11 +133,6 @@ class FittedDenoiser(Fitted):
             )
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    @property
-    def noun(self) -> str:
-        """What messages call it."""
-        return "denoiser"
-
     def _warn(self, data: Tensor, monitor: Monitor) -> None:
         outside = max(self.scales.outside(row) for row in data)
         if outside:
@@ -156,22 +150,17 @@ class FittedDenoiser(Fitted):
         return {"network": network, "levels": own.levels_of_training}
 
     @classmethod
-    def from_state(
-        cls,
-        meta: Any,
-        tensors: dict[str, Tensor],
-        program: Program,
-        own: nn.Module | None = None,
-        where: str = "the state",
+    def asks_own(cls, meta: dict[str, Any]) -> bool:
+        """Whether the network was not ours."""
+        return meta["network"] is None
+
+    @classmethod
+    def reread(
+        cls, meta: dict[str, Any], tensors: dict[str, Tensor], program: Program, own: nn.Module | None, where: str
     ) -> FittedDenoiser:
-        """The inverse of `state`, for the same program with any data."""
+        """`from_state`, of plain data that were checked."""
         from inverse.variational.amortised import AmortisedDenoiser
 
-        program = singles_of(program)[0]
-        cls.check_meta(meta, program, where, "denoiser")
-        if (own is None) != (meta["network"] is not None):
-            which = "holds weights of a network of your own: pass own=" if own is None else "has its own network"
-            raise OptionError(f"{where} {which}")
         options = AmortisedDenoiser(**(meta["network"] or {}), network=own, **meta["levels"])
         pairs = Pairs(program)
         built = build_network(options, pairs, torch.Generator(program.device).manual_seed(0))

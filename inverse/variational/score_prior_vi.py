@@ -23,7 +23,6 @@ from inverse.variational.prior_bounds import Bound
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
 from ppl.errors import CheckpointError, OptionError
-from ppl.fit_door import open_fit
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -155,6 +154,7 @@ class ScorePriorVI(SVI):
     r = y - A m, S = A C A' + R. [derived] `info["elbo_history"]` follows this bound. Reported ELBOs and k-hat are for
     the prior itself: with the exact log p(x) of a `GaussianMixture`; for a network with that of the bound "immse", so
     that they bound the log evidence under the reverse process which the network drives, up to their standard error.
+    A fit that goes on from another (`fit(start=...)`) is not annealed, and has `starts=1`.
     Reverse KL settles in one mode: give `starts`, and compare `info["start_elbo"]`.
 
     Measured on a Gaussian, 16 entries, 6 data with noise 0.05, 1000 steps: largest error of the mean 1e-4 ("score") and
@@ -217,29 +217,10 @@ class ScorePriorVI(SVI):
         if self.sigma_min is not None and not (self.sigma_min > 0 and math.isfinite(self.sigma_min)):
             raise OptionError(f"sigma_min must be positive, or None, got {self.sigma_min}")
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-        start: FittedGuide | None = None,
+    def _fitted(
+        self, program: Program, generator: torch.Generator, monitor: Monitor, start: FittedGuide | None
     ) -> FittedScorePrior:
-        """Maximise the evidence lower bound.
-
-        Args:
-            program: the model and its data.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-            start: a fit to go on from; nothing is annealed then.
-
-        Raises:
-            NotFiniteError: the density or its gradient is not finite at a draw of the guide.
-            OptionError: `start` is of another family, or several starts were asked for beside it.
-        """
-        generator, monitor = open_fit("ScorePriorVI", program, generator, seed, monitor)
+        """Maximise the evidence lower bound from every start; a fit that goes on is not annealed."""
         if start is not None and self.starts > 1:
             raise OptionError(f"a fit that goes on has one start; use starts=1 instead of {self.starts}")
         # Reading the prior costs some denoiser calls, which belong to the run.

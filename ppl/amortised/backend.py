@@ -6,15 +6,17 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
+from ppl.amortised.family import IfCorrected
 from ppl.amortised.fitted import Fitted, run_chains
 from ppl.amortised.pairs import Pairs, givens
 from ppl.amortised.training import Training
 from ppl.cost import Cost
 from ppl.errors import OptionError
+from ppl.fit_door import ContinuedFitDoor
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -24,8 +26,15 @@ __all__ = ["AmortisedBackend"]
 F = TypeVar("F", bound=Fitted)
 
 
-class AmortisedBackend(Generic[F]):
+class AmortisedBackend(ContinuedFitDoor, Generic[F]):
     """Base of frozen dataclasses with the options `file`, `steps`, `batch`, `lr`, `ema` and `correct`."""
+
+    exact: ClassVar[Any] = IfCorrected("in_the_limit", "never")
+    limit: ClassVar[Any] = IfCorrected(("draws",), ("steps",))
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_chains: ClassVar[int] = 1
+    batches_problems: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -78,32 +87,12 @@ class AmortisedBackend(Generic[F]):
 
         return run_chains(fit, program, draws, chains, generator, monitor)
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-        start: F | None = None,
-    ) -> F:
-        """Train the network; the data of the program are not looked at.
+    def _one_problem(self, program: Program) -> Program:
+        return program if program.problems is None else program.problem(0)
 
-        Args:
-            program: what is simulated; of `program.over(...)` the first problem.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-            start: a network trained on this program to go on from; the learning rate starts again.
-
-        Raises:
-            ProgramError: a latent is discrete, or simulations are not draws from the program's density.
-            OptionError: `start` has another network.
-        """
+    def _fitted(self, program: Program, generator: torch.Generator, monitor: Monitor, start: F | None) -> F:
+        """Train the network; the data of the program are not looked at."""
         options: Any = self
-        program = program if program.problems is None else program.problem(0)
-        generator = generator or torch.Generator(program.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
         pairs = self.pairs(program, monitor.cost)
         begun = None
         if start is not None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppl.amortised.family import check_same, described_sites
+from ppl.amortised.family import check_same, described_sites, singles_of
 from ppl.amortised.result import posterior_of
 from ppl.amortised.training import Scales
 from ppl.errors import CheckpointError, OptionError, ShapeError
@@ -43,6 +43,8 @@ class Fitted:
     """
 
     FORM: ClassVar[tuple[str, ...]] = ()  # options on which the form of the network depends
+    noun: ClassVar[str] = "network"  # what messages call it
+    OWN: ClassVar[tuple[str, str]]  # said of a file where `own` is missing, and where it is given in vain
 
     program: Program
     network: nn.Module
@@ -110,11 +112,6 @@ class Fitted:
         """Raise unless all problems have the sites, covariates and parameters that were simulated."""
         check_same(self.program, self.given, singles, self.noun)
 
-    @property
-    def noun(self) -> str:
-        """What messages call it."""
-        return "network"
-
     # Files -----------------------------------------------------------------------------------------------------------
 
     def own_meta(self) -> dict[str, Any]:
@@ -160,7 +157,6 @@ class Fitted:
         return cls.from_state(meta, tensors, program, own, str(path))
 
     @classmethod
-    @abstractmethod
     def from_state(
         cls: type[F],
         meta: Any,
@@ -170,13 +166,30 @@ class Fitted:
         where: str = "the state",
     ) -> F:
         """The inverse of `state`, for the same program with any data."""
+        program = singles_of(program)[0]
+        cls.check_meta(meta, program, where)
+        if (own is not None) != cls.asks_own(meta):
+            raise OptionError(f"{where} {cls.OWN[own is not None]}")
+        return cls.reread(meta, tensors, program, own, where)
 
     @classmethod
-    def check_meta(cls, meta: Any, program: Program, where: str, noun: str) -> None:
+    @abstractmethod
+    def asks_own(cls, meta: dict[str, Any]) -> bool:
+        """Whether a part of what was saved is not in the file, and has to be given."""
+
+    @classmethod
+    @abstractmethod
+    def reread(
+        cls: type[F], meta: dict[str, Any], tensors: dict[str, Tensor], program: Program, own: Any, where: str
+    ) -> F:
+        """`from_state`, of plain data that were checked."""
+
+    @classmethod
+    def check_meta(cls, meta: Any, program: Program, where: str) -> None:
         """Raise unless plain data of `state` are of this kind, and of a program with these sites."""
         if not isinstance(meta, dict) or meta.get("kind") != cls.__name__ or meta.get("format") != 1:
             raise CheckpointError(
-                f"{where} does not hold a trained {noun}; give the path that {cls.__name__}.save wrote"
+                f"{where} does not hold a trained {cls.noun}; give the path that {cls.__name__}.save wrote"
             )
         if meta["sites"] != described_sites(program):
             raise ShapeError(

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ppl.amortised.backend import AmortisedBackend
-from ppl.amortised.family import IfCorrected
 from ppl.amortised.mixture_pairs import MixturePairs
 from ppl.amortised.priors import MixtureLaw, MixturePriors
 from ppl.amortised.training import Training
@@ -25,6 +24,7 @@ from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
 from ppl.program import Program
 
 __all__ = ["DistributionTransformer"]
@@ -94,18 +94,8 @@ class DistributionTransformer(AmortisedBackend[FittedTransformer]):
     ema: float = 16.0
     file: str | Path | None = None
 
-    exact: ClassVar[Any] = IfCorrected("in_the_limit", "never")
-    limit: ClassVar[Any] = IfCorrected(("draws",), ("steps",))
-    exact_when: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
-    default_chains: ClassVar[int] = 1
-    batches_problems: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
-        for name in ("components", "width", "heads", "depth", "feedforward", "steps", "batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number, one or more, got {value!r}")
+        check_integers(self, components=1, width=1, heads=1, depth=1, feedforward=1, steps=1, batch=1)
         if self.width % self.heads:
             raise OptionError(f"heads must divide the width, got {self.heads} heads and a width of {self.width}")
         if not (math.isfinite(self.lr) and self.lr > 0 and self.ema >= 0):

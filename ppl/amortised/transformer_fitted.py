@@ -61,14 +61,13 @@ class FittedTransformer(Fitted):
     FORM: ClassVar[tuple[str, ...]] = (
         "components", "width", "heads", "depth", "feedforward", "prior_sites", "rows", "priors",
     )  # fmt: skip
+    noun: ClassVar[str] = "transformer"
+    OWN: ClassVar[tuple[str, str]] = (
+        "was trained on a law of priors of your own: pass own=", "has its own law",
+    )  # fmt: skip
 
     prior: Mixture | None = field(default=None, repr=False)
     pairs: MixturePairs | None = field(default=None, repr=False)
-
-    @property
-    def noun(self) -> str:
-        """What messages call it."""
-        return "transformer"
 
     # The posterior as a mixture --------------------------------------------------------------------------------------
 
@@ -243,20 +242,15 @@ class FittedTransformer(Fitted):
         return meta, {**tensors, "place.center": self.pairs.center, "place.scale": self.pairs.scale}
 
     @classmethod
-    def from_state(
-        cls,
-        meta: Any,
-        tensors: dict[str, Tensor],
-        program: Program,
-        own: MixtureLaw | None = None,
-        where: str = "the state",
+    def asks_own(cls, meta: dict[str, Any]) -> bool:
+        """Whether the law of priors was not ours."""
+        return bool(meta["priors"] == "own")
+
+    @classmethod
+    def reread(
+        cls, meta: dict[str, Any], tensors: dict[str, Tensor], program: Program, own: MixtureLaw | None, where: str
     ) -> FittedTransformer:
-        """The inverse of `state`, for the same program with any data."""
-        program = singles_of(program)[0]
-        cls.check_meta(meta, program, where, "transformer")
-        if (own is not None) != (meta["priors"] == "own"):
-            which = "was trained on a law of priors of your own: pass own=" if own is None else "has its own law"
-            raise OptionError(f"{where} {which}")
+        """`from_state`, of plain data that were checked."""
         priors = MixturePriors(**meta["priors"]) if isinstance(meta["priors"], dict) else own
         from ppl.amortised.transformer import DistributionTransformer
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ppl.backend import Exactness, register
-from ppl.errors import CapabilityError, OptionError, ProgramError
+from ppl.errors import CapabilityError, ProgramError
 from ppl.mcmc.adaptation import windows
 from ppl.mcmc.target import fixed_density, posterior_of
+from ppl.option_checks import check_integers
 from ppl.sites import unwrap
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ class EllipticalSlice:
     batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("thin", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integers(self, warmup=0, thin=1)
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor

@@ -21,6 +21,7 @@ from ppl.mcmc.adaptation import DualAveraging, Moments, windows
 from ppl.mcmc.chees import TrajectoryLength, halton_jitter, quarter_turn
 from ppl.mcmc.starts import StartingPoints, check_init
 from ppl.mcmc.target import fixed_density, posterior_of
+from ppl.option_checks import check_integers
 
 if TYPE_CHECKING:
     from ppl.flat import FlatDensity
@@ -93,10 +94,7 @@ class HMC:
     batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 20), ("max_steps", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integers(self, warmup=20, max_steps=1)
         if self.target_accept is not None and not 0 < self.target_accept < 1:
             raise OptionError(f"target_accept must lie between 0 and 1, got {self.target_accept!r}")
         if self.adaptation not in ("chees", "quarter_turn"):

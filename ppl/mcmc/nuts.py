@@ -21,6 +21,7 @@ from ppl.backend import Exactness, register
 from ppl.errors import OptionError, ProgramError
 from ppl.mcmc.starts import StartingPoints, check_init
 from ppl.mcmc.target import fixed_density, posterior_of
+from ppl.option_checks import check_integers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,10 +101,7 @@ class NUTS:
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 10), ("max_depth", 1), ("cores", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integers(self, warmup=10, max_depth=1, cores=1)
         if not 0 < self.target_accept < 1:
             raise OptionError(f"target_accept must lie between 0 and 1, got {self.target_accept!r}")
         if not self.radius >= 0:

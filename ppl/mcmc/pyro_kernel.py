@@ -19,6 +19,7 @@ from ppl.errors import OptionError
 from ppl.lint_guide import own_copy
 from ppl.mcmc.convergence import note_disagreement
 from ppl.mcmc.target import refuse_subsampling
+from ppl.option_checks import check_integers
 from ppl.posterior import Posterior
 from ppl.trace import Run, seeded, set_values, settings
 
@@ -82,10 +83,7 @@ class Pyro:
             )
         if not callable(given):
             raise OptionError(f"expected a Pyro kernel, a guide or a function of the model, got {given!r}")
-        for name, least in (("warmup", 0), ("steps", 1), ("particles", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integers(self, warmup=0, steps=1, particles=1)
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if isinstance(given, type) and issubclass(given, MCMCKernel):

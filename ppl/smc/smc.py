@@ -19,6 +19,7 @@ from ppl.backend import Exactness, register
 from ppl.diagnostics.ess import kish_ess, merge_root_ess
 from ppl.errors import NotFiniteError, OptionError, ProgramError
 from ppl.mcmc.target import fixed_density
+from ppl.option_checks import check_integers
 from ppl.posterior import Estimate, Posterior
 from ppl.smc.moves import CrossedWhitening, Moves
 from ppl.smc.reference import Reference, check_source, in_chunks, reference_of
@@ -98,12 +99,9 @@ class SMC:
 
     def __post_init__(self) -> None:
         check_source(self.start, "start")
-        for name, least in (("particles", 2), ("moves", 1), ("max_steps", 1), ("runs", 1), ("stages", 1), ("chunk", 1)):
-            value = getattr(self, name)
-            if value is None and name in ("particles", "moves", "chunk"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        least = {"particles": 2, "moves": 1, "max_steps": 1, "runs": 1, "stages": 1, "chunk": 1}
+        left = {n for n in ("particles", "moves", "chunk") if getattr(self, n) is None}
+        check_integers(self, **{n: v for n, v in least.items() if n not in left})
         if not 0 < self.share < 1:
             raise OptionError(f"share must lie between 0 and 1, a part of the particles, got {self.share!r}")
         if self.kernel not in TRANSITIONS:

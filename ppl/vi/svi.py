@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl.backend import Exactness, register
 from ppl.errors import OptionError
-from ppl.fit_door import open_fit
+from ppl.fit_door import ContinuedFitDoor
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.vi.ascent import Ascent
@@ -29,7 +29,7 @@ __all__ = ["SVI"]
 
 @register
 @dataclass(frozen=True)
-class SVI:
+class SVI(ContinuedFitDoor):
     """Fits a guide q(z) to the posterior by maximising the evidence lower bound; `run` is `fit` and draws of the guide.
 
     Learnable parameters of the model climb the same bound. Subsampled plates get fresh indices each step. Chains are
@@ -155,30 +155,10 @@ class SVI:
             attrs={"complete": len(parts) == chains and all(p.complete for p in parts)},
         )
 
-    def fit(
-        self,
-        program: Program,
-        *,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-        monitor: Monitor | None = None,
-        start: FittedGuide | None = None,
+    def _fitted(
+        self, program: Program, generator: torch.Generator, monitor: Monitor, start: FittedGuide | None
     ) -> FittedGuide:
-        """Maximise the evidence lower bound.
-
-        Args:
-            program: the model and its data.
-            generator: source of all randomness; made from the seed when None.
-            seed: see generator.
-            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
-            start: a fit to go on from, of this program or of one with the same latents and other data. The optimiser's
-                moments are kept, the learning rate starts again.
-
-        Raises:
-            NotFiniteError: the density or its gradient is not finite at a draw of the guide.
-            OptionError: `start` is of another family.
-        """
-        generator, monitor = open_fit("SVI", program, generator, seed, monitor)
+        """Maximise the evidence lower bound, or the objective."""
         if self.objective is not None or not isinstance(self.guide, Guide):
             from ppl.objectives.fit import fit_objective
 
