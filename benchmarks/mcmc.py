@@ -7,7 +7,7 @@
     python -m benchmarks.mcmc --show                       the table of what was measured
 
 Every engine runs twice on a model, one engine after the other before the next model: the first run counts tracing and
-compilation (in an empty cache, libraries imported before), the second, on a compiled density, does not. ppl.NUTS
+compilation (in an empty cache, libraries imported before), the second, on a compiled density, does not. ppl
 compiles in its first run where that pays, and is made to before the second. NumPyro's sampler is one compiled function
 of a key: `MCMC.run` by itself would compile anew for each chain and in each call. Pyro compiles nothing and runs once,
 as long as PYRO_SECONDS lets it: the time of one gradient says how many warmup draws take half of that, 50 to 200 of
@@ -336,8 +336,8 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
     else:
         run = ours(engine, program, sites, seed)
     for again in (False,) if engine == "Pyro NUTS" else (False, True):
-        if again and engine == "ppl.NUTS":
-            compile_density(program, seed)
+        if again and engine in ("ppl.NUTS", "ppl.HMC"):
+            compile_density(program, seed, 1 if engine == "ppl.NUTS" else LENGTH[engine][2])
             start, began = processor(), time.perf_counter()
         draws = run()
         seconds.append(processor() - start)
@@ -360,12 +360,12 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def compile_density(program: Any, seed: int) -> None:
-    """Compile the gradient of one draw, where the calls of a first run did not repay that."""
+def compile_density(program: Any, seed: int, lanes: int) -> None:
+    """Compile the gradient of so many draws at once, where the calls of a first run did not repay that."""
     for function in program._functions.values():
         function.compile = "inductor"
     flat = program.flat()
-    flat.prepare(flat.initial(1, torch.Generator().manual_seed(seed)), 1)
+    flat.prepare(flat.initial(lanes, torch.Generator().manual_seed(seed)), 1)
 
 
 def chains_cost(name: str, rounds: int = 40, many: int = 1000, leapfrogs: int = 20) -> dict[str, Any]:
