@@ -329,11 +329,11 @@ def test_numpy_in_a_program_is_found_out() -> None:
 
 
 def test_a_rejection_draw_that_must_be_repeated_is_refused() -> None:
-    """A gamma upstream of a measured coin is drawn again for its arms."""
+    """A gamma after a measured coin is drawn again for its arms."""
 
     def guide(x: Tensor) -> None:
-        g = pyro.sample("g", dist.Gamma(real(2.0), 1.0), infer={"is_auxiliary": True})
-        pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", real(0.4)) * g), infer={"estimator": "mvd"})
+        z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", real(0.4))), infer={"estimator": "mvd"})
+        pyro.sample("g", dist.Gamma(1.0 + z, real(1.0)), infer={"is_auxiliary": True})
 
     def objective(ctx: Any, model: Any, guide: Any) -> Tensor:
         draw = ctx.sim(guide)
