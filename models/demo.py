@@ -77,14 +77,14 @@ def digits_backends(size: Size = "normal") -> dict[str, Any]:
         "noise-space SVI": ppl.NoiseSpace(svi),
     }
     if size == "full":
-        backends["noise-space HMC"] = ppl.NoiseSpace(ppl.HMC(warmup=300))
+        backends["noise-space HMC"] = ppl.NoiseSpace(ppl.HMC(warmup=60))
     return backends
 
 
 def _digits_draws(scale: _Scale, size: Size) -> dict[str, int]:
     """Draws per chain: Gibbs and Hamiltonian chains are many, a fit is one."""
-    few = ("Gibbs", "noise-space HMC")
-    return {name: scale.gibbs_draws if name in few else scale.draws for name in digits_backends(size)}
+    few = {"Gibbs": scale.gibbs_draws, "noise-space HMC": max(scale.gibbs_draws // 8, 1)}
+    return {name: few.get(name, scale.draws) for name in digits_backends(size)}
 
 
 def run_demo(output: str | Path = "demo", *, size: Size = "normal", seed: int = 0, progress: bool = True) -> bool:
