@@ -19,7 +19,7 @@ EXAMPLES = {
     "demo": """examples:
   pilotlight demo
   pilotlight demo --output results --seed 1
-  pilotlight demo --full                  more draws and steps, with Hamiltonian Monte Carlo; takes half an hour
+  pilotlight demo --full                  more draws and steps, with Hamiltonian Monte Carlo; takes an hour or more
   pilotlight demo --smoke                 a few steps, to see that everything works""",
     "infer": """examples:
   pilotlight infer models.programs:inpaint_fashion --backend inverse.PiGDM --option steps=50 --draws 64

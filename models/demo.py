@@ -92,7 +92,7 @@ def run_demo(output: str | Path = "demo", *, size: Size = "normal", seed: int = 
 
     Args:
         output: folder, made if it is not there.
-        size: "smoke" for seconds, "normal" for minutes, "full" for half an hour.
+        size: "smoke" for seconds, "normal" for minutes, "full" for an hour or more.
         seed: of data and backends.
         progress: show bars with the cost.
 
