@@ -125,7 +125,7 @@ def _moved(program: Program, name: str, values: dict[str, Tensor]) -> Tensor | N
     site, value = program.sites[name], values[name]
     if "enumerable" not in site.capabilities or site.event_dim:
         return None
-    with suppress(NotImplementedError, ValueError, RuntimeError):
+    with suppress(ValueError, RuntimeError):
         states = site.distribution.enumerate_support(expand=False).flatten()
         place = (value[..., None] == states.to(value)).to(torch.int8).argmax(-1)
         return states.to(value)[(place + 1) % len(states)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ppl.program import Program
 
 __all__ = [
+    "NO_MEAN",
     "Reference",
     "ReferenceSource",
     "cost_scores",
@@ -176,6 +177,11 @@ def _statistic(posterior: Posterior, sites: Sequence[str], name: Any, worst: Cal
     return sum(worst(column) for column in zip(*by_problem, strict=True)) / len(by_problem[0])
 
 
+# What data without a mean or a spread answer, as a factor or an unusual distribution does. (A distribution that lacks
+# one raises NotImplementedError, which is a RuntimeError.)
+NO_MEAN = (PilotlightError, RuntimeError, AttributeError)
+
+
 def mean_and_sd(trace: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each observed site of a trace; for `Program.batched`."""
     found = {}
@@ -203,7 +209,7 @@ def residual_score(posterior: Posterior, program: Program, generator: torch.Gene
     try:
         with torch.no_grad():
             seen = program.batched(mean_and_sd)(values)
-    except (PilotlightError, NotImplementedError, RuntimeError, AttributeError):
+    except NO_MEAN:
         return {}  # the data have no mean, as with a factor or an unusual distribution
     total, count = 0.0, 0
     for name, (mean, sd) in seen.items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from inverse.chunks import Chunks
-from inverse.particles.core import Kernel, Merged, Moves, Run, merge, run_particles
+from inverse.particles.core import Kernel, Moves, Run, run_particles
+from inverse.particles.merging import Merged, merge
 from inverse.problem import DiffusionProblem
 from ppl.backend import Exactness
 from ppl.cost import Cost

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from inverse.chunks import Whole, out_of_memory
 from inverse.many import ManyProblems, Streams, UnlikeError, lanes_at_a_time
-from inverse.particles.core import AllDeadError, Gathering, Kernel, Merged, Run, ancestors, weigh
+from inverse.particles.core import AllDeadError, Kernel, Run, ancestors, weigh
+from inverse.particles.merging import Gathering, Merged
 from ppl.backend import in_turn, problem_seeds, stack_problems
 from ppl.cost import Cost
 from ppl.errors import NotFiniteError

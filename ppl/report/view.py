@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ppl.errors import PilotlightError
-from ppl.scores import mean_and_sd
+from ppl.scores import NO_MEAN, mean_and_sd
 from ppl.sites import unwrap
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def _residual(program: Program, site: str, point: Mapping[str, Tensor]) -> tuple
                 torch.autograd.grad(mean, x, seed, retain_graph=True, allow_unused=True)[0]
                 for seed in (r, y, torch.ones_like(mean))
             ]
-    except (PilotlightError, NotImplementedError, RuntimeError, AttributeError):
+    except NO_MEAN:
         return None  # no mean, no derivative: there is nothing to show
     if any(p is None for p in pull):
         return None

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import ppl
 from inverse.particles import TwistedSMC, run_particles
-from inverse.particles.core import AllDeadError, Run, merge
+from inverse.particles.core import AllDeadError, Run
+from inverse.particles.merging import merge
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from ppl.errors import NotFiniteError
