@@ -77,7 +77,8 @@ def digits_backends(size: Size = "normal") -> dict[str, Any]:
         "noise-space SVI": ppl.NoiseSpace(svi),
     }
     if size == "full":
-        backends["noise-space HMC"] = ppl.NoiseSpace(ppl.HMC(warmup=60))
+        # A gradient is ten calls forward and back, a trajectory at most 32 of them: the chains end in ten minutes.
+        backends["noise-space HMC"] = ppl.NoiseSpace(ppl.HMC(warmup=100, max_steps=32))
     return backends
 
 
