@@ -14,7 +14,7 @@ chain with its own covariance and the start of type I [derived].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class LinearControl:
         start_mean: (m K,) of the normal numbers that start the factors of type I; none for others.
         start_factor: (m K, m K) lower triangular, likewise.
         log_evidence: 0-d, log p(y).
+        precision: (steps + 1, d + m K, d + m K), L_n; zero after the last step.
+        right: (steps + 1, d + m K), r_n.
     """
 
     gain: Tensor
@@ -53,6 +55,8 @@ class LinearControl:
     start_mean: Tensor
     start_factor: Tensor
     log_evidence: Tensor
+    precision: Tensor
+    right: Tensor
 
     def mean(self, n: int, x: Tensor, y: Tensor) -> Tensor:
         """Mean of the driving numbers of step n: (*batch, d) states and (*batch, m, K) factors -> (*batch, m)."""
@@ -63,6 +67,11 @@ class LinearControl:
         white = torch.linalg.solve_triangular(self.factor[n], (z - self.mean(n, x, y))[..., None], upper=False)[..., 0]
         half = self.factor[n].diagonal().log() + 0.5 * math.log(2 * math.pi)
         return -(0.5 * white.square() + half).sum(-1)
+
+    def log_twist(self, n: int, x: Tensor, y: Tensor) -> Tensor:
+        """log p(data after step n | state before it), up to one number for all states: (*batch)."""
+        state = torch.cat([x, y.flatten(-2)], -1)
+        return state @ self.right[n] - 0.5 * ((state @ self.precision[n]) * state).sum(-1)
 
 
 def linear_control(path: Path, rows: Tensor, data: Tensor, variance: Tensor | float) -> LinearControl:
@@ -133,9 +142,7 @@ def linear_control_of(program: Program, site: str | None = None) -> LinearContro
     rows = gaussian.operator.dense(dtype=torch.float64)
     found = linear_control(path, rows, gaussian.data.reshape(-1), 1.0)
     extra = gaussian.log_normaliser.double() + 0.5 * gaussian.size * math.log(2 * math.pi)
-    return LinearControl(
-        found.gain, found.offset, found.factor, found.start_mean, found.start_factor, found.log_evidence + extra
-    )
+    return replace(found, log_evidence=found.log_evidence + extra)
 
 
 class _Backward:
@@ -156,7 +163,7 @@ class _Backward:
         """Gains of all steps, last first, then the law of the start."""
         size, like = self.d + self.m * self.k, self.data
         precision, right, level = like.new_zeros(size, size), like.new_zeros(size), like.new_zeros(())
-        gains, offsets, factors = [], [], []
+        gains, offsets, factors, precisions, rights = [], [], [], [precision], [right]
         asked = {int(end): j for j, end in enumerate(self.path.ends)}
         for n in reversed(range(self.path.steps)):
             if n in asked:
@@ -175,8 +182,11 @@ class _Backward:
             right = move.mT @ (ahead - precision @ push @ offset)
             precision = move.mT @ precision @ (move + push @ gain)
             precision = (precision + precision.mT) / 2
-        gain, offset, factor = (torch.stack(parts[::-1]) for parts in (gains, offsets, factors))
-        return LinearControl(gain, offset, factor, *self._start(precision, right, level))
+            precisions.append(precision)
+            rights.append(right)
+        parts = (gains, offsets, factors, precisions, rights)
+        gain, offset, factor, forms, slopes = (torch.stack(part[::-1]) for part in parts)
+        return LinearControl(gain, offset, factor, *self._start(precision, right, level), forms, slopes)
 
     def _measure(self, time: int, precision: Tensor, right: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add the data of one time."""
