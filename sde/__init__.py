@@ -36,6 +36,7 @@ __all__ = [
     "KrylovCovariance",
     "LowRankCovariance",
     "MarkovNoise",
+    "MeanRevertingPath",
     "NetworkCovariance",
     "Path",
     "Process",
@@ -94,6 +95,7 @@ from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
 from sde.low_rank import LowRankCovariance
 from sde.markov import MarkovNoise
+from sde.mean_reversion import MeanRevertingPath
 from sde.mixture import GaussianMixture
 from sde.network_covariance import NetworkCovariance
 from sde.path import Path
