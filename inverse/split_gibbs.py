@@ -34,6 +34,9 @@ from sde import CovarianceCorrected, DPMSolver2MSDE, Solver
 
 __all__ = ["Closed", "SplitGibbs", "Splitting", "check_sweeps", "run_sweeps"]
 
+FAR_ABOVE = 2.0
+"""From this many times the last coupling a note says that the warmup ends too high."""
+
 
 @register
 @dataclass(frozen=True)
@@ -286,6 +289,15 @@ def run_sweeps(
             complete = False
         length = max(done - options.warmup, 0) // options.thin
         kept, accepted = kept[:, :length], accepted[:, :length]
+        needed = 1 + math.ceil(math.log(max(top / splitting.rho, 1.0)) / -math.log(options.decay))
+        end = top * options.decay ** max(options.warmup - 1, 0)
+        # Couplings wider than the prior are all alike: nothing is lost by leaving them out.
+        if min(end, problem.prior.data_std) > FAR_ABOVE * splitting.rho:
+            monitor.note(
+                f"the warmup ends at a coupling of {end:.3g}, {end / splitting.rho:.3g} times the last one of "
+                f"rho={splitting.rho:.3g}: chains fall the rest of the way at once and may stay in the mode that they "
+                f"happen to be in; warmup={needed} comes down to it at decay={options.decay:g}"
+            )
         # In a direction that the data leave open, x -> z -> x keeps sd^2 / (sd^2 + rho^2) of x.
         apart = 1 + 2 * (problem.prior.data_std / splitting.rho) ** 2
         if length * options.thin < 10 * apart:

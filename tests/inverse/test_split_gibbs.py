@@ -133,6 +133,23 @@ def test_a_second_order_step_is_exact_only_as_steps_grow() -> None:
     assert errors[1] < 0.05
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(0, True), (20, True), (53, False)])
+def test_a_warmup_that_ends_far_above_the_last_coupling_is_noted(warmup: int, said: bool) -> None:
+    """rho is a 234th of sigma_max, 0.9^52 a 239th; the warmup that the note asks for is enough, half of it is not."""
+    program = program_of(gaussian(), 0.1)
+
+    def notes(warmup: int) -> list[str]:
+        posterior = ppl.infer(program, SplitGibbs(steps=1, warmup=warmup), draws=1, chains=1)
+        return [note for note in posterior.attrs["notes"] if "the warmup ends" in note]
+
+    found = notes(warmup)
+    assert bool(found) == said
+    for note in found:
+        cure = int(note.split("warmup=")[1].split()[0])
+        assert notes(cure) == []
+        assert notes(cure // 2) != []
+
+
 def test_draws_agree_with_the_posterior() -> None:
     """8 statistics by their own ESS, false alarm 1e-5. This sees warmup and bookkeeping; the law itself is above."""
     program = program_of(gaussian())
