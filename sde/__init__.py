@@ -63,6 +63,7 @@ __all__ = [
     "hurst_whittle",
     "innovations",
     "log_grid",
+    "refitted_noise",
     "sample",
     "solve_torchsde",
     "training_levels",
@@ -101,6 +102,7 @@ from sde.network_covariance import NetworkCovariance
 from sde.path import Path
 from sde.prior import DenoisingPrior
 from sde.process import Process
+from sde.refit import refitted_noise
 from sde.schedule import (
     Cosine,
     RectifiedFlow,
