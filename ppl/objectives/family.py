@@ -22,6 +22,7 @@ from ppl.objectives.density import Direct, Exact
 from ppl.objectives.draw import Draw, Stochastic
 from ppl.vi.full_data import draw_subsample
 from ppl.vi.guides import Guide
+from ppl.vi.guides.guide import detached, with_program
 
 __all__ = ["FlatGuide", "FlatModel"]
 
@@ -61,7 +62,8 @@ class FlatGuide(Stochastic):
 
     def _own(self, params: Mapping[str, Tensor], frozen: bool) -> dict[str, Tensor]:
         own = {n.removeprefix(GUIDE): p for n, p in params.items() if n.startswith(GUIDE)}
-        return {n: p.detach() for n, p in own.items()} if frozen else own
+        rest = {n: p for n, p in params.items() if not n.startswith(GUIDE)}
+        return detached(with_program(self.guide, own, rest)) if frozen else with_program(self.guide, own, rest)
 
 
 class FlatModel(Stochastic):

@@ -123,7 +123,7 @@ class GuideReference:
         log_p, grad_p = self.flat.log_density_and_grad(z)
         with torch.enable_grad():
             point = z.detach().requires_grad_()
-            log_q = self._fitted.guide.log_prob(self._fitted.params, point)
+            log_q = self._fitted.guide.log_prob(self._fitted.guide_params, point)
             (grad_q,) = torch.autograd.grad(log_q.sum(), point)
         return torch.lerp(log_q.detach(), log_p, beta), torch.lerp(grad_q, grad_p, beta)
 

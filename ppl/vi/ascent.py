@@ -22,7 +22,7 @@ from ppl.vi.fitted import FittedGuide
 from ppl.vi.fitted_base import with_parameters
 from ppl.vi.full_data import draw_subsample
 from ppl.vi.guides import Guide
-from ppl.vi.guides.guide import detached
+from ppl.vi.guides.guide import detached, with_program
 
 if TYPE_CHECKING:
     from ppl.program import Program
@@ -95,7 +95,7 @@ class Ascent:
         theta = self.theta.requires_grad_()
         with torch.enable_grad():
             own, parameters = self._unpack(theta)
-            z, log_q = self._draw(own, noise, subsample, self._path(step))
+            z, log_q = self._draw(with_program(self.guide, own, parameters), noise, subsample, self._path(step))
         log_p, grad_z, grads = self.flat.value_and_grads(
             z, params={n: p.detach() for n, p in parameters.items()} or None, subsample=subsample
         )
@@ -142,7 +142,8 @@ class Ascent:
         self, own: dict[str, Tensor], noise: Tensor, subsample: dict[str, Tensor], path: bool
     ) -> tuple[Tensor, Tensor]:
         """Draws z and log q, whose gradient is the one the options ask for."""
-        z, log_q = self.guide.rsample_and_log_prob(own, noise, path=path)
+        draw = getattr(self.guide, "rsample_and_cost", self.guide.rsample_and_log_prob)
+        z, log_q = draw(own, noise, path=path)
         if self.each is None:
             return z, log_q
         kept = {n: v.detach() for n, v in own.items()} if path else own

@@ -22,6 +22,7 @@ from ppl.storage import load_tensors
 from ppl.vi.fitted_base import Fitted, Weighed, check_size
 from ppl.vi.full_data import full_log_density, full_values
 from ppl.vi.guides import AutoGuide, Flow, FullRank, Guide, LowRank, MeanField
+from ppl.vi.guides.guide import with_program
 
 __all__ = ["FittedGuide", "bound_guide"]
 
@@ -60,14 +61,19 @@ class FittedGuide(Fitted):
     def log_prob(self, z: Tensor) -> Tensor:
         """Normalised log q(z) of unconstrained vectors, (lanes, dim) -> (lanes,)."""
         with torch.no_grad():
-            return self.guide.log_prob(self.params, z)
+            return self.guide.log_prob(self.guide_params, z)
 
     def sample(self, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Unconstrained draws (draws, dim) and their log q (draws,)."""
         dim = self.program.flat().dim
         with torch.no_grad():
             noise = self.guide.noise(draws, dim, self.program.dtype, generator)
-            return self.guide.rsample_and_log_prob(self.params, noise)
+            return self.guide.rsample_and_log_prob(self.guide_params, noise)
+
+    @property
+    def guide_params(self) -> dict[str, Tensor]:
+        """What the guide is evaluated at: its parameters, and those of the program where it reads them."""
+        return with_program(self.guide, self.params, self.parameters)
 
     def corrected(
         self,
@@ -155,7 +161,9 @@ class FittedGuide(Fitted):
 def bound_guide(guide: Guide, flat: FlatDensity) -> Guide:
     """The guide, told of the places of the sites if it asks for them."""
     bind = getattr(guide, "bind", None)
-    return guide if bind is None else bind(flat.layout)
+    if bind is None:
+        return guide
+    return bind(flat.layout, flat.program) if getattr(guide, "reads_program", False) else bind(flat.layout)
 
 
 def _options(guide: Guide) -> dict[str, Any]:

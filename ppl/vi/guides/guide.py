@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Guide", "Params", "check_init_scale", "detached", "standard_normal"]
+__all__ = ["PROGRAM", "Guide", "Params", "check_init_scale", "detached", "standard_normal", "with_program"]
 
 Params = Mapping[str, Tensor]
 LOG_2PI = math.log(2 * math.pi)
+PROGRAM = "program."
 
 
 @runtime_checkable
 class Guide(Protocol):
     """A family of densities on the unconstrained vectors of a program; a frozen dataclass whose fields are its options.
 
-    A guide may also offer `bind(layout)`, when it needs the places of the sites, and
-    `log_prob_each(params, z) -> (lanes, dim)`, when its coordinates are independent.
+    A guide may also offer `bind(layout)`, or `bind(layout, program)` with a true `reads_program`, when it needs the
+    places of the sites or the program; its parameters then hold the learned ones of the program under "program.". Also
+    `log_prob_each(params, z) -> (lanes, dim)`, when its coordinates are independent, and
+    `rsample_and_cost(params, noise, path=...)`, draws and what the bound subtracts where that is not log q itself.
     """
 
     def init(self, dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
@@ -52,6 +55,12 @@ class Guide(Protocol):
 def detached(params: Params) -> dict[str, Tensor]:
     """The same parameters, through which no gradient flows."""
     return {n: v.detach() for n, v in params.items()}
+
+
+def with_program(guide: Any, params: Params, parameters: Params) -> dict[str, Tensor]:
+    """The guide's parameters, and learned ones of the program for a guide that reads them."""
+    more = parameters if getattr(guide, "reads_program", False) else {}
+    return {**params, **{PROGRAM + n: v for n, v in more.items()}}
 
 
 def standard_normal(lanes: int, size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
