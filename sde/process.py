@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sde.increments import BrownianNoise, Noise
+from sde.prior import can_look
 
 __all__ = ["Process"]
 
@@ -111,7 +112,7 @@ class Process:
                 f"the diffusion must have the shape of x, {tuple(x.shape)}, got {tuple(g.shape)}; for a matrix set "
                 "general=True"
             )
-        if not bool(drift.isfinite().all()):
+        if can_look(drift) and not bool(drift.isfinite().all()):
             raise ValueError(f"the drift is not finite at time {float(t):g} and state {x.reshape(-1)[:8].tolist()}")
 
     def size(self, d: int) -> int:
