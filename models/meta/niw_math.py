@@ -360,6 +360,8 @@ class NormalInverseGamma:
     def expected_kl(self, mean: Tensor, covariance: Tensor, log_det: Tensor) -> Tensor:
         """See `GlobalLaw`; V_i may be full, its diagonal is what counts. Source: [derived]."""
         log_variance = (self.scale.log() - math.log(2) - torch.digamma(self.df / 2)).sum()
+        if covariance.ndim > mean.ndim:
+            covariance = covariance.diagonal(dim1=-2, dim2=-1)
         square = ((covariance + (mean - self.mean).square()) * self.precision()).sum(-1)
         return 0.5 * (log_variance - log_det + square + self.dim / self.count - self.dim)
 

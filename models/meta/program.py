@@ -111,6 +111,12 @@ class Hierarchy:
             target = self.likelihood.law(self.network(theta, points.x), sigma)
             pyro.sample("y", target.mask(points.mask).to_event(1), obs=points.y)
 
+    def losses(self, theta: Tensor, points: Points, sigma: Tensor | None = None) -> Tensor:
+        """l_i(theta_i) = -log p(D_i | theta_i): theta (*batch, b, d) of b episodes -> (*batch, b)."""
+        x = points.x.expand(*theta.shape[:-2], *points.x.shape)
+        log_p = self.likelihood.law(self.network(theta, x), sigma).log_prob(points.y)
+        return -log_p.masked_fill(~points.mask, 0.0).sum(-1)
+
     def sigma(self) -> Tensor | None:
         """The learned noise of the likelihood, the parameter "sigma" of the program; None where it is not learned."""
         if not isinstance(self.likelihood, Gaussian) or not self.likelihood.learned:

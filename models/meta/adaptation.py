@@ -1,0 +1,204 @@
+"""New episodes: from a support set to a posterior of theta, and from there to predictions.
+
+published:    minimise over v = N(m, V):   E_v l(theta) + KL(v || N(m_0, Sigma*)),   Sigma* the mode of q(phi)
+closed form:  v = N(m_i, V_i) as in training, around P = E[Sigma^-1]
+p(y | x, D) = 1/S sum_s p(y | x, theta^s),   theta^s ~ v
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from models.meta.episodes import Episodes, Points
+from models.meta.fitted_meta import FittedMeta
+from models.meta.local import LocalFit, LocalNormal, close, positive_options
+from models.meta.niw_math import NormalInverseGamma
+from ppl.errors import OptionError
+from ppl.option_checks import check_integers
+from ppl.vi.ascent import adam
+
+__all__ = ["Adaptation", "Adapted", "ClosedForm", "Prediction", "Variational", "adapt"]
+
+
+class Adaptation(Protocol):
+    """From the support sets of b episodes to a posterior of each theta."""
+
+    def __call__(self, fitted: FittedMeta, points: Points, generator: torch.Generator) -> LocalNormal:
+        """Posteriors of the episodes."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The posterior of training: a quadratic fit of the support loss, completed to a square with E[Sigma^-1].
+
+    Args:
+        local: how the loss is fitted; as in training when None.
+    """
+
+    local: LocalFit | None = None
+
+    def __call__(self, fitted: FittedMeta, points: Points, generator: torch.Generator) -> LocalNormal:
+        """See `Adaptation`."""
+        with torch.no_grad():
+            law = fitted.law
+            form = (self.local or fitted.local)(fitted.hierarchy, law, points, fitted.sigma, generator)
+            return close(form, law.mean, law.precision())
+
+
+@dataclass(frozen=True)
+class Variational:
+    """Gradient steps on a normal posterior, independent coordinates for the relaxation, from the mode of q(phi).
+
+    Args:
+        steps: of Adam; 0 keeps the mode.
+        lr: its learning rate, for the mean in units of theta and for the log of the spread.
+        draws: of v for each step.
+
+    Raises:
+        OptionError: an option is out of range.
+
+    Source: Kim & Hospedales (2024) [read: reviews; number of steps and optimiser, inferred]
+    """
+
+    steps: int = 10
+    lr: float = 0.02
+    draws: int = 2
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=0, draws=1)
+        positive_options(self, "lr")
+
+    def __call__(self, fitted: FittedMeta, points: Points, generator: torch.Generator) -> LocalNormal:
+        """See `Adaptation`."""
+        mode, covariance = fitted.law.mode()
+        diagonal = isinstance(fitted.law, NormalInverseGamma)
+        b, d = len(points.x), len(mode)
+        root = covariance.sqrt() if diagonal else torch.linalg.cholesky(covariance)
+        raw = root.log() if diagonal else (root.tril(-1) + torch.diag(root.diagonal().log()))
+        theta = torch.cat([mode.expand(b, d).reshape(-1), raw.expand(b, *raw.shape).reshape(-1)])
+        first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+
+        def unpack(theta: Tensor) -> LocalNormal:
+            mean, own = theta[: b * d].reshape(b, d), theta[b * d :].reshape(b, *raw.shape)
+            if diagonal:
+                return LocalNormal.diagonal(mean, (2 * own).exp())
+            return LocalNormal.dense(mean, own.tril(-1) + torch.diag_embed(own.diagonal(dim1=-2, dim2=-1).exp()))
+
+        for k in range(self.steps):
+            with torch.enable_grad():
+                at = theta.detach().requires_grad_()
+                q = unpack(at)
+                loss = fitted.hierarchy.losses(q.draw(self.draws, generator), points, fitted.sigma).mean(0)
+                off = q.mean - mode
+                if diagonal:
+                    square = ((q.variance + off.square()) / covariance).sum(-1)
+                else:
+                    inverse = torch.cholesky_inverse(root)
+                    square = (inverse * q.covariance).sum((-2, -1)) + ((off @ inverse) * off).sum(-1)
+                (grad,) = torch.autograd.grad((loss + 0.5 * (square - q.log_det)).sum(), at)
+            theta, first, second = adam(theta, first, second, k + 1, -grad, self.lr)
+        return unpack(theta.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Outputs of the network at draws of theta, for queries of b episodes.
+
+    Args:
+        fitted: for likelihood and noise.
+        outputs: (draws, b, points, *outputs).
+    """
+
+    fitted: FittedMeta
+    outputs: Tensor
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """log 1/S sum_s p(y | x, theta^s) of each query: y (b, points, *y) -> (b, points)."""
+        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
+        return law.log_prob(y).logsumexp(0) - math.log(len(self.outputs))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of a target, (b, points, *y); of classes their probabilities (b, points, way)."""
+        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
+        return (law.probs if hasattr(law, "probs") else law.mean).mean(0)
+
+    def cdf(self, y: Tensor) -> Tensor:
+        """Predictive probability of a target of at most y, for regression: (b, points), uniform when calibrated."""
+        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
+        if law.has_enumerate_support or law.event_shape:
+            raise OptionError("a cumulative probability is for scalar regression; classes have `mean`")
+        return law.cdf(y).mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """Posteriors of theta of b episodes.
+
+    Args:
+        fitted: the hierarchy they come from.
+        local: N(m_i, V_i).
+    """
+
+    fitted: FittedMeta
+    local: LocalNormal
+
+    def predict(
+        self, x: Tensor, draws: int = 100, generator: torch.Generator | None = None, linearised: bool = False
+    ) -> Prediction:
+        """Predictions at queries.
+
+        Args:
+            x: (b, points, *x).
+            draws: S of theta.
+            generator: of the draws; seed 0 when None.
+            linearised: take the network as linear about m_i, as a Gauss-Newton fit does; its draws far from m_i then
+                do not leave the region where that fit holds.
+
+        Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred].
+        """
+        if draws < 1:
+            raise OptionError(f"draws must be at least 1, got {draws}")
+        generator = generator or torch.Generator(x.device).manual_seed(0)
+        network = self.fitted.hierarchy.network
+        with torch.no_grad():
+            theta = self.local.draw(draws, generator)
+            if not linearised:
+                return Prediction(self.fitted, network(theta, x.expand(draws, *x.shape)))
+            off = theta - self.local.mean
+
+            def along(mean: Tensor, x: Tensor, off: Tensor) -> Tensor:
+                value, change = jvp(  # type: ignore[misc]
+                    lambda t: network.one(t, x), (mean,), (off,)
+                )
+                return value + change
+
+            over = vmap(along)
+            return Prediction(self.fitted, vmap(lambda v: over(self.local.mean, x, v))(off))
+
+
+def adapt(
+    fitted: FittedMeta,
+    episodes: Episodes | Points,
+    how: Adaptation | None = None,
+    generator: torch.Generator | None = None,
+) -> Adapted:
+    """Posteriors of theta from the support sets of new episodes.
+
+    Args:
+        fitted: of `NIWMeta.fit`.
+        episodes: whose support sets are used, or the points themselves.
+        how: `ClosedForm()` when None, or the published `Variational()`.
+        generator: of inner fits; seed 0 when None.
+    """
+    points = episodes.support if isinstance(episodes, Episodes) else episodes
+    fitted.hierarchy.check(points)
+    generator = generator or torch.Generator(fitted.law.mean.device).manual_seed(0)
+    return Adapted(fitted, (how or ClosedForm())(fitted, points, generator))

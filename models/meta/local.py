@@ -1,0 +1,397 @@
+"""The posterior of one episode's parameters given the global law, in closed form around a quadratic fit.
+
+l_i(theta) ~ 1/2 theta' A_i theta - h_i' theta + const,      P = E[Sigma^-1] = n_0 V_0^-1
+V_i = (A_i + P)^-1,      m_i = V_i (h_i + P m_0)
+
+The fit runs without a graph and nothing of it is kept; m_i and V_i carry gradients to the global law alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+from models.meta.episodes import Points
+from models.meta.niw_math import GlobalLaw
+from models.meta.program import Hierarchy
+from ppl.errors import OptionError
+from ppl.option_checks import check_integers
+from ppl.vi.ascent import adam
+
+__all__ = [
+    "SGLD",
+    "Fisher",
+    "GaussNewton",
+    "LocalFit",
+    "LocalNormal",
+    "Quadratic",
+    "close",
+    "positive_options",
+    "second_moment",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """Quadratic forms l_i(theta) ~ 1/2 theta' A theta - h' theta + constant of b episodes.
+
+    Args:
+        natural: h, (b, d).
+        diagonal: A where it is diagonal, (b, d); None where `root` is given.
+        root: B with A = B' B, (b, q, d), one row for each output of each point.
+        constant: (b,) what makes the form equal to l_i where it was fitted.
+    """
+
+    natural: Tensor
+    diagonal: Tensor | None
+    root: Tensor | None
+    constant: Tensor
+
+    def times(self, vector: Tensor) -> Tensor:
+        """A vector: (b, d) -> (b, d)."""
+        if self.root is None:
+            assert self.diagonal is not None
+            return self.diagonal * vector
+        return torch.einsum("bqd,bq->bd", self.root, torch.einsum("bqd,bd->bq", self.root, vector))
+
+    def expected(self, local: LocalNormal) -> Tensor:
+        """(b,) expectation of the form under the local posteriors."""
+        m = local.mean
+        value = 0.5 * (m * self.times(m)).sum(-1) - (self.natural * m).sum(-1) + self.constant
+        if self.root is None:
+            assert self.diagonal is not None
+            return value + 0.5 * (self.diagonal * local.variance).sum(-1)
+        return value + 0.5 * local.trace(self.root)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalNormal:
+    """Normal posteriors N(m_i, V_i) of the parameters of b episodes.
+
+    V_i is diagonal (`factor` None), dense (`factor` its Cholesky factor (b, d, d)), or (P + B' B)^-1 with a diagonal P
+    and few rows in B, whose matrix is never formed.
+
+    Args:
+        mean: (b, d) m_i.
+        variance: (b, d) diagonal of V_i.
+        log_det: (b,) log |V_i|.
+        factor: see above.
+        precision: (d,) P.
+        root: (b, q, d) B.
+        inner: (b, q, q) Cholesky factor of I + B P^-1 B'.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    log_det: Tensor
+    factor: Tensor | None = None
+    precision: Tensor | None = None
+    root: Tensor | None = None
+    inner: Tensor | None = None
+
+    @classmethod
+    def diagonal(cls, mean: Tensor, variance: Tensor) -> LocalNormal:
+        """Independent coordinates."""
+        return cls(mean, variance, variance.log().sum(-1))
+
+    @classmethod
+    def dense(cls, mean: Tensor, factor: Tensor) -> LocalNormal:
+        """V = factor factor', factor lower triangular."""
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return cls(mean, factor.square().sum(-1), log_det, factor=factor)
+
+    @property
+    def covariance(self) -> Tensor:
+        """V_i as global laws take it: dense (b, d, d), or its diagonal."""
+        return self.variance if self.factor is None else self.factor @ self.factor.mT
+
+    def draw(self, draws: int, generator: torch.Generator) -> Tensor:
+        """(draws, b, d), differentiable in the posterior."""
+        size = (draws, *self.mean.shape[:-1])
+        own: dict[str, Any] = {"generator": generator, "dtype": self.mean.dtype, "device": self.mean.device}
+        noise = torch.randn(*size, self.mean.shape[-1], **own)
+        if self.factor is not None:
+            return self.mean + torch.einsum("bij,sbj->sbi", self.factor, noise)
+        if self.root is None or self.precision is None:
+            return self.mean + self.variance.sqrt() * noise
+        # V u with u ~ N(0, V^-1) is a draw of N(0, V).
+        rows = torch.randn(*size, self.root.shape[1], **own)
+        u = self.precision.sqrt() * noise + torch.einsum("bqd,sbq->sbd", self.root, rows)
+        return self.mean + self._solve(u)
+
+    def trace(self, root: Tensor) -> Tensor:
+        """tr(B V B') for B (b, q, d) -> (b,)."""
+        if self.factor is not None:
+            return (root @ self.factor).square().sum((-2, -1))
+        if self.root is None:
+            return (root.square() * self.variance[:, None]).sum((-2, -1))
+        return (root * self._solve(root.transpose(0, 1)).transpose(0, 1)).sum((-2, -1))
+
+    def _solve(self, u: Tensor) -> Tensor:
+        """(P + B' B)^-1 u by Woodbury's identity, (s, b, d) -> (s, b, d)."""
+        assert self.precision is not None
+        assert self.root is not None
+        assert self.inner is not None
+        scaled = u / self.precision
+        rows = torch.einsum("bqd,sbd->bqs", self.root, scaled)
+        back = torch.einsum("bqd,bqs->sbd", self.root, torch.cholesky_solve(rows, self.inner))
+        return scaled - back / self.precision
+
+
+def close(quadratic: Quadratic, mean: Tensor, precision: Tensor) -> LocalNormal:
+    """The local posterior in closed form, differentiable in the global law.
+
+    V = (A + P)^-1,  m = m_0 + V (h - A m_0)
+
+    Args:
+        quadratic: of b episodes.
+        mean: (d,) m_0.
+        precision: (d, d) P, or its diagonal (d,).
+
+    Source: [derived]
+    """
+    ahead = quadratic.natural - quadratic.times(mean.expand_as(quadratic.natural))
+    root = quadratic.root
+    if precision.ndim == 2 or (root is not None and root.shape[1] > root.shape[2]):
+        prior = precision if precision.ndim == 2 else torch.diag(precision)
+        curvature = torch.diag_embed(quadratic.diagonal) if root is None else root.mT @ root  # type: ignore[arg-type]
+        lower = torch.linalg.cholesky(curvature + prior)
+        inverse = torch.cholesky_inverse(lower)
+        shift = torch.einsum("bij,bj->bi", inverse, ahead)
+        return LocalNormal.dense(mean + shift, torch.linalg.cholesky(inverse))
+    if root is None:
+        assert quadratic.diagonal is not None
+        variance = 1 / (quadratic.diagonal + precision)
+        return LocalNormal.diagonal(mean + variance * ahead, variance)
+    eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+    thin = root / precision
+    inner = torch.linalg.cholesky(eye + thin @ root.mT)
+    variance = 1 / precision - torch.linalg.solve_triangular(inner, thin, upper=False).square().sum(-2)
+    log_det = -precision.log().sum() - 2 * inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    local = LocalNormal(mean.expand_as(ahead), variance, log_det, None, precision, root, inner)
+    shift = local._solve(ahead[None])[0]
+    return LocalNormal(mean + shift, variance, log_det, None, precision, root, inner)
+
+
+def second_moment(mean: Tensor, covariance: Tensor, full: bool) -> Tensor:
+    """Average of V_i + m_i m_i' over episodes, or of its diagonal."""
+    if full:
+        return (covariance + mean[:, :, None] * mean[:, None, :]).mean(0)
+    variance = covariance if covariance.ndim == 2 else covariance.diagonal(dim1=-2, dim2=-1)
+    return (variance + mean.square()).mean(0)
+
+
+# Fits -----------------------------------------------------------------------------------------------------------------
+
+
+class LocalFit(Protocol):
+    """Fits a quadratic form to the loss of each of b episodes; keeps no graph and no state."""
+
+    def __call__(
+        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
+    ) -> Quadratic:
+        """The forms at the present global law."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGLD:
+    """Moments of stochastic-gradient Langevin iterates from m_0: A^-1 is their variance, the fit's centre their mean.
+
+    theta <- theta - step / 2 grad l_i(theta) + sqrt(step) xi
+
+    Args:
+        steps: iterates.
+        burnin: first iterates left out of the moments.
+        step: size of a step, in squared units of theta.
+        precision_max: largest A of a coordinate.
+
+    Raises:
+        OptionError: an option is out of range.
+
+    Source: Kim & Hospedales (2024) [read: reviews and the README; which moments, inferred]
+    """
+
+    steps: int = 5
+    burnin: int = 0
+    step: float = 1e-3
+    precision_max: float = 1e3
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=2, burnin=0)
+        if self.steps - self.burnin < 2:
+            raise OptionError(f"a variance takes two iterates after the burn-in, got {self.steps} - {self.burnin}")
+        positive_options(self, "step", "precision_max")
+
+    @torch.no_grad()
+    def __call__(
+        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
+    ) -> Quadratic:
+        """See `LocalFit`."""
+        theta = _start(law, points)
+        mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+        for k in range(self.steps):
+            _, grad = _gradient(hierarchy, theta, points, sigma)
+            noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device=theta.device)
+            theta = theta - 0.5 * self.step * grad + math.sqrt(self.step) * noise
+            if k >= self.burnin:
+                off = theta - mean
+                mean = mean + off / (k - self.burnin + 1)
+                square = square + off * (theta - mean)
+        curvature = ((self.steps - self.burnin - 1) / square).clamp(max=self.precision_max)
+        constant = hierarchy.losses(mean, points, sigma) + 0.5 * (curvature * mean.square()).sum(-1)
+        return Quadratic(curvature * mean, curvature, None, constant)
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The diagonal of the Fisher information at a point near the mode; memory of one gradient, for large networks.
+
+    Adam walks from m_0 towards the mode of l_i + (theta - m_0)' P (theta - m_0) / 2; the diagonal is then estimated by
+    Hutchinson's probes, one vector-Jacobian product each. The point is taken for the mode.
+
+    Args:
+        steps: of Adam.
+        lr: its learning rate.
+        probes: of the diagonal.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    steps: int = 10
+    lr: float = 0.02
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=1, probes=1)
+        positive_options(self, "lr")
+
+    @torch.no_grad()
+    def __call__(
+        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
+    ) -> Quadratic:
+        """See `LocalFit`."""
+        theta, precision = _start(law, points), law.precision()
+        first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+        for k in range(self.steps):
+            _, grad = _gradient(hierarchy, theta, points, sigma)
+            grad = grad + _multiplied(precision, theta - law.mean)
+            theta, first, second = adam(theta, first, second, k + 1, -grad, self.lr)
+        with torch.enable_grad():
+            at = theta.clone().requires_grad_()
+            outputs = hierarchy.network(at, points.x)
+        _, root = _curvature(hierarchy, outputs.detach(), points, sigma)
+        diagonal = torch.zeros_like(theta)
+        for probe in range(self.probes):
+            sign = (
+                2.0 * torch.randint(2, root.shape[:-1], generator=generator, device=root.device, dtype=root.dtype) - 1.0
+            )
+            weight = (root @ sign[..., None])[..., 0].reshape(outputs.shape)
+            (part,) = torch.autograd.grad(outputs, at, weight, retain_graph=probe + 1 < self.probes)
+            diagonal += part.square() / self.probes
+        natural = diagonal * theta + _multiplied(precision, theta - law.mean)
+        constant = hierarchy.losses(theta, points, sigma)
+        constant = constant + (natural * theta).sum(-1) - 0.5 * (diagonal * theta.square()).sum(-1)
+        return Quadratic(natural, diagonal, None, constant)
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Gauss-Newton steps to the mode, and the generalised Gauss-Newton matrix there with all its correlations.
+
+    A = J' F J with F the Fisher information of the outputs; h = A theta - grad l_i. Exact for a network that is linear
+    in theta with Gaussian targets. A is kept by one row for each output of each point, and no d x d matrix is formed
+    unless the global law has one.
+
+    Args:
+        steps: Gauss-Newton steps; 1 linearises at m_0 alone.
+        halvings: how often a step that does not lower the objective is halved.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    steps: int = 3
+    halvings: int = 4
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=1, halvings=0)
+
+    @torch.no_grad()
+    def __call__(
+        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
+    ) -> Quadratic:
+        """See `LocalFit`."""
+        theta, precision = _start(law, points), law.precision().detach()
+        mean = law.mean.detach()
+
+        def objective(at: Tensor) -> Tensor:
+            off = at - mean
+            return hierarchy.losses(at, points, sigma) + 0.5 * (off * _multiplied(precision, off)).sum(-1)
+
+        form = self._form(hierarchy, theta, points, sigma)
+        for _ in range(self.steps - 1):
+            move, value = close(form, mean, precision).mean - theta, objective(theta)
+            size = torch.ones_like(value)
+            for _ in range(self.halvings):
+                worse = ~(objective(theta + size[:, None] * move) <= value)
+                size = torch.where(worse, 0.5 * size, size)
+            theta = torch.where(
+                (objective(theta + size[:, None] * move) <= value)[:, None], theta + size[:, None] * move, theta
+            )
+            form = self._form(hierarchy, theta, points, sigma)
+        return form
+
+    def _form(self, hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor | None) -> Quadratic:
+        """The form at theta (b, d)."""
+        network = hierarchy.network
+        outputs = network(theta, points.x)
+        jacobian = vmap(jacrev(network.one))(theta, points.x).reshape(*outputs.shape[:2], -1, network.dim)
+        slope, half = _curvature(hierarchy, outputs, points, sigma)
+        root = (half.mT @ jacobian).flatten(1, 2)
+        grad = torch.einsum("bpkd,bpk->bd", jacobian, slope)
+        along = torch.einsum("bqd,bd->bq", root, theta)
+        natural = torch.einsum("bqd,bq->bd", root, along) - grad
+        constant = hierarchy.losses(theta, points, sigma) + (natural * theta).sum(-1) - 0.5 * along.square().sum(-1)
+        return Quadratic(natural, None, root, constant)
+
+
+def positive_options(options: object, *names: str) -> None:
+    """Raise OptionError unless the named options are positive and finite."""
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise OptionError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _start(law: GlobalLaw, points: Points) -> Tensor:
+    """m_0 for each episode, (b, d)."""
+    return law.mean.detach().expand(len(points.x), -1).clone()
+
+
+def _multiplied(precision: Tensor, vectors: Tensor) -> Tensor:
+    """P times each of (b, d)."""
+    return vectors @ precision if precision.ndim == 2 else vectors * precision
+
+
+def _gradient(hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Losses (b,) and their gradients (b, d)."""
+    with torch.enable_grad():
+        at = theta.detach().requires_grad_()
+        losses = hierarchy.losses(at, points, sigma)
+        (grad,) = torch.autograd.grad(losses.sum(), at)
+    return losses.detach(), grad
+
+
+def _curvature(hierarchy: Hierarchy, outputs: Tensor, points: Points, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Slope (b, p, k) and half (b, p, k, k) of the loss in the outputs; zero where there is no point."""
+    slope, half = vmap(lambda o, y: hierarchy.likelihood.curvature(o, y, sigma))(outputs, points.y)
+    shown = points.mask.to(slope)
+    slope = slope.reshape(*shown.shape, -1) * shown[..., None]
+    return slope, half.reshape(*slope.shape, slope.shape[-1]) * shown[..., None, None]

@@ -1,0 +1,376 @@
+"""NIW-Meta: the global law by one-time episodic optimisation, local posteriors in closed form and thrown away.
+
+J = mean_i [ E_{q_i} l_i(theta) + E_q(phi) KL(q_i || N(mu, Sigma)) ] + KL(q(phi) || p(phi)) / N
+q(phi) = NIW(m_0, V_0, n_0, l_0),   q_i = N(m_i, V_i) in closed form from q(phi) and a quadratic fit of l_i
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from models.meta.episodes import Episodes, EpisodeSource, Points
+from models.meta.fitted_meta import FittedMeta
+from models.meta.local import GaussNewton, LocalFit, close, second_moment
+from models.meta.niw_math import GlobalLaw, NormalInverseWishart
+from models.meta.program import Hierarchy, hierarchy_of
+from ppl.backend import Exactness
+from ppl.errors import OptionError, ProgramError
+from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
+from ppl.posterior import Posterior
+from ppl.program import Program
+from ppl.vi.ascent import adam
+
+__all__ = ["NIWMeta"]
+
+
+@dataclass(frozen=True)
+class NIWMeta:
+    """The NIW guide of a `Hierarchy`: variational, with a law of mu and Sigma and no state for any episode.
+
+    Per step: quadratic fits of a batch of episodes at the present global law, their posteriors in closed form, one step
+    of the global law, and the posteriors are thrown away. Memory does not grow with the steps of the inner fits.
+
+    Without KL(q(phi) || p(phi)) / N the objective falls for ever in l_0 and n_0, and q(phi) would collapse to a point
+    (empirical Bayes). The term is kept, and its optimum is known: l_0 = lambda_0 + N, n_0 = nu_0 + N. So counts are
+    set, not learned, with N all episodes and not those of a batch; `counts="learned"` exists to show that it is worse.
+
+    Mean-field: theta and phi are independent in q, so that the spread of Sigma is too small and the bound not tight;
+    for the reference example of twelve Gaussian episodes the bound is 0.69 nats below the evidence.
+
+    Args:
+        local: how an episode's loss is fitted: `GaussNewton()`, `Fisher()`, or the published `SGLD()`.
+        steps: of the global law.
+        batch: episodes for each step; a subsampled program brings its own.
+        update: "gradient" is the published step, of Adam on J through m_i and V_i; "natural" goes from the present law
+            towards its coordinate optimum for the batch, and is coordinate ascent where the batch shows all episodes.
+        expectation: of l_i: at "draw"s of q_i, or of the "quadratic" fit, without noise.
+        draws: of q_i for each episode and step.
+        lr: of Adam at the start, for m_0 in units of theta and for log V_0; it falls as a cosine to a hundredth.
+        forgetting: step t of "natural" goes (1 + t / delay)^-forgetting of the way.
+        delay: see forgetting.
+        average: share of the last steps whose laws are averaged; 0 keeps the last one.
+        counts: see above.
+
+    Raises:
+        OptionError: an option is out of range.
+
+    Source: Kim & Hospedales (2024) [read: abstract, reviews, README]; formulas [derived].
+
+    Example:
+        >>> from models.meta import Gaussian, NormalInverseGamma, mlp
+        >>> network = mlp([1, 1])
+        >>> prior = NormalInverseGamma.around(network.start, 0.1, 3.0, 1.0)
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x, slope = torch.randn(32, 8, 1, generator=g), 2.0 + 0.3 * torch.randn(32, 1, generator=g)
+        >>> program = Hierarchy(network, Gaussian(0.1), prior).program(Episodes(x, slope * x[..., 0]))
+        >>> fitted = NIWMeta(steps=5, update="natural", batch=32).fit(program)
+        >>> bool((fitted.law.mean - torch.tensor([2.0, 0.0])).abs().max() < 0.2), float(fitted.law.df)
+        (True, 35.0)
+    """
+
+    local: LocalFit = field(default_factory=GaussNewton)
+    steps: int = 1000
+    batch: int = 16
+    update: Literal["gradient", "natural"] = "gradient"
+    expectation: Literal["draw", "quadratic"] = "draw"
+    draws: int = 1
+    lr: float = 0.01
+    forgetting: float = 0.7
+    delay: float = 10.0
+    average: float = 0.2
+    counts: Literal["analytic", "learned"] = "analytic"
+
+    exact: ClassVar[Exactness] = "never"
+    limit: ClassVar[tuple[str, ...]] = ("steps",)
+    exact_when: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_chains: ClassVar[int] = 1
+    batches_problems: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_integers(self, steps=1, batch=1, draws=1)
+        if isinstance(self.local, type) or not callable(self.local):
+            raise OptionError(f"local must be an object such as GaussNewton() or SGLD(steps=5), got {self.local!r}")
+        for name, allowed in (
+            ("update", ("gradient", "natural")),
+            ("expectation", ("draw", "quadratic")),
+            ("counts", ("analytic", "learned")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("lr", "delay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise OptionError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+        if not 0.5 < self.forgetting <= 1:
+            raise OptionError(f"forgetting must lie in (0.5, 1] for the steps to settle, got {self.forgetting!r}")
+        if not 0 <= self.average < 1:
+            raise OptionError(f"average is a share of the steps, in [0, 1), got {self.average}")
+        if self.update == "natural" and self.counts == "learned":
+            raise OptionError('natural steps have no gradient to learn counts by; use counts="analytic"')
+
+    # Doors -----------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Fit once, and draw mu and Sigma from q(phi) and every theta_i from its q_i; see `ppl.infer`."""
+        fitted = self.fit(program, generator=generator, monitor=monitor)
+        return fitted.posterior(program, draws, chains, generator)
+
+    def fit(
+        self,
+        target: Program | Hierarchy,
+        episodes: Episodes | EpisodeSource | None = None,
+        *,
+        total: float | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        monitor: Monitor | None = None,
+        start: FittedMeta | None = None,
+    ) -> FittedMeta:
+        """The global law, to be kept.
+
+        Args:
+            target: a program of `Hierarchy.program`, which brings its data; or a hierarchy, with `episodes`.
+            episodes: a set of them, or an endless source `(how many, generator) -> Episodes`.
+            total: N, episodes that the law is learned from: all of the set; of a source, as many as are drawn.
+            generator: source of all randomness, of the episodes too; made from the seed when None.
+            seed: see generator.
+            monitor: progress, checkpoints, Ctrl-C; a quiet one when None.
+            start: a fit of the same hierarchy to go on from.
+
+        Raises:
+            ProgramError: the program is no hierarchy over episodes, or holds several problems.
+            OptionError: options do not fit the episodes.
+            NotFiniteError: an inner fit or a gradient is not finite.
+        """
+        hierarchy, batches, total = self._batches(target, episodes, total)
+        device = hierarchy.prior.mean.device
+        generator = generator or torch.Generator(device).manual_seed(seed)
+        monitor = monitor or Monitor(generator=generator)
+        return self._ascend(_Ascent(self, hierarchy, total, start), batches, generator, monitor)
+
+    def _batches(
+        self, target: Program | Hierarchy, episodes: Episodes | EpisodeSource | None, total: float | None
+    ) -> tuple[Hierarchy, Callable[[torch.Generator], Points], float]:
+        """The hierarchy, what gives the points of a step, and N."""
+        points = None
+        if isinstance(target, Program):
+            if target.problems is not None:
+                raise ProgramError("NIWMeta.fit takes one problem at a time; ppl.infer runs the problems in turn")
+            if episodes is not None:
+                raise OptionError("a program brings its own episodes; give the hierarchy to fit to others")
+            hierarchy, points = hierarchy_of(target)
+        else:
+            hierarchy = target
+            if isinstance(episodes, Episodes):
+                points = episodes.points
+            elif not callable(episodes):
+                raise OptionError("give episodes: models.meta.Episodes, or a function of (how many, generator)")
+        size = hierarchy.batch or self.batch
+        if points is not None:
+            hierarchy.check(points)
+            number = len(points.x)
+            whole = points
+
+            def some(generator: torch.Generator) -> Points:
+                if size >= number:
+                    return whole
+                index = torch.randperm(number, generator=generator, device=generator.device)[:size]
+                return Points(*(part[index] for part in whole))
+
+            return hierarchy, some, float(number if total is None else total)
+        assert callable(episodes)
+        source = episodes
+        checked: list[bool] = []
+
+        def fresh(generator: torch.Generator) -> Points:
+            drawn = source(size, generator)
+            if not isinstance(drawn, Episodes):
+                raise OptionError(f"the source returned {type(drawn).__name__}, expected models.meta.Episodes")
+            if not checked:
+                hierarchy.check(drawn.points)
+                checked.append(True)
+            return drawn.points
+
+        return hierarchy, fresh, float(self.steps * size if total is None else total)
+
+    def _ascend(
+        self,
+        ascent: _Ascent,
+        batches: Callable[[torch.Generator], Points],
+        generator: torch.Generator,
+        monitor: Monitor,
+    ) -> FittedMeta:
+        """All steps, or those that are left after the last checkpoint."""
+        if self.counts == "learned":
+            text = (
+                "counts are learned by gradient: their optimum is known (l_0 = lambda_0 + N, n_0 = nu_0 + N), and "
+                'gradients reach it slowly; use counts="analytic"'
+            )
+            warnings.warn(text, stacklevel=3)
+            monitor.note(text)
+        finished = monitor.finished("fit")
+        saved = finished if finished is not None else monitor.resume()
+        first = 0
+        if saved is not None:
+            first = self.steps if finished is not None else int(saved.pop("step"))
+            ascent.load(saved)
+        for step in monitor.steps(self.steps, "fit", start=first):
+            elbo = ascent.step(step, batches(generator), generator, monitor)
+            monitor.report(elbo=elbo)
+            monitor.checkpoint(step + 1, ascent.state)
+        if first < self.steps:
+            monitor.finish("fit", ascent.state())
+        return ascent.result(complete=not monitor.interrupted)
+
+
+class _Ascent:
+    """The state of one fit: unconstrained numbers of the global law, Adam's moments, the history."""
+
+    def __init__(self, options: NIWMeta, hierarchy: Hierarchy, total: float, start: FittedMeta | None) -> None:
+        if not (math.isfinite(total) and total > 0):
+            raise OptionError(f"total is a number of episodes and must be positive, got {total!r}")
+        self.options, self.hierarchy, self.total = options, hierarchy, total
+        prior = hierarchy.prior
+        self.full = isinstance(prior, NormalInverseWishart)
+        count, df = prior.count + total, prior.df + total
+        # The same expected covariance as the prior's, at the counts of the posterior.
+        law = prior.replaced(prior.mean, count, df, prior.scale * df / prior.df)
+        learned = getattr(hierarchy.likelihood, "learned", False)
+        if learned and (options.expectation == "quadratic" or options.update == "natural"):
+            raise OptionError('a learned sigma needs update="gradient" and expectation="draw"')
+        sigma = prior.mean.new_tensor(hierarchy.likelihood.sigma) if learned else None  # type: ignore[attr-defined]
+        if start is not None:
+            if type(start.law) is not type(prior) or start.law.dim != prior.dim:
+                raise OptionError(f"cannot go on from a fit of {start.law.dim} coordinates; this one has {prior.dim}")
+            law = prior.replaced(start.law.mean, count, df, start.law.scale * df / start.law.df)
+            sigma = start.sigma if learned else None
+        if options.counts == "learned":
+            law = prior.replaced(law.mean, prior.count, prior.df, law.scale * prior.df / law.df)
+        raw = {"mean": law.mean.clone(), "scale": self._raw_scale(law.scale)}
+        if learned:
+            assert sigma is not None
+            raw["log_sigma"] = sigma.log()
+        if options.counts == "learned":
+            raw["log_count"] = prior.count.log()
+            raw["log_df"] = (prior.df - self._least()).log()
+        self.shapes = {name: value.shape for name, value in raw.items()}
+        self.theta = torch.cat([value.reshape(-1) for value in raw.values()])
+        self.m, self.v = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self.updates = torch.zeros((), dtype=torch.int64)
+        self.average = torch.zeros_like(self.theta)
+        self.history = torch.full((options.steps,), math.nan, dtype=torch.float64)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed fit needs."""
+        return {name: getattr(self, name) for name in ("theta", "m", "v", "updates", "average", "history")}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    def step(self, step: int, points: Points, generator: torch.Generator, monitor: Monitor) -> float:
+        """One step of the global law; returns the estimate of the evidence bound before it."""
+        options, hierarchy = self.options, self.hierarchy
+        theta = self.theta.detach().requires_grad_(options.update == "gradient")
+        with torch.set_grad_enabled(options.update == "gradient"):
+            law, sigma = self._law(theta)
+            fixed = None if sigma is None else sigma.detach()
+            form = options.local(hierarchy, law, points, fixed, generator)
+            local = close(form, law.mean, law.precision())
+            if options.expectation == "quadratic":
+                loss = form.expected(local)
+            else:
+                loss = hierarchy.losses(local.draw(options.draws, generator), points, sigma).mean(0)
+            each = loss + law.expected_kl(local.mean, local.covariance, local.log_det)
+            objective = each.mean() + law.kl(hierarchy.prior) / self.total
+        monitor.cost.add(likelihood_evals=len(points.x) * options.draws)
+        monitor.check_finite("objective of the global law", objective, step)
+        if options.update == "natural":
+            self._natural(step, law, local.mean, local.covariance, len(points.x))
+        else:
+            (gradient,) = torch.autograd.grad(objective, theta)
+            monitor.check_finite("gradient of the global law", gradient, step)
+            self.updates = self.updates + 1
+            part = 0.5 * (1 + math.cos(math.pi * step / max(options.steps - 1, 1)))
+            rate = options.lr * (0.01 + 0.99 * part)
+            self.theta, self.m, self.v = adam(theta.detach(), self.m, self.v, int(self.updates), -gradient, rate)
+        begin = round(options.steps * (1 - options.average))
+        if step >= begin:
+            self.average = self.average + (self.theta - self.average) / (step - begin + 1)
+        elbo = -self.total * float(objective.detach())
+        self.history[step] = elbo
+        return elbo
+
+    def _natural(self, step: int, law: GlobalLaw, mean: Tensor, covariance: Tensor, shown: int) -> None:
+        """Part of the way to the coordinate optimum of the batch, in natural parameters (l m, V + l m m')."""
+        options, total = self.options, self.total
+        moment = second_moment(mean, covariance, self.full)
+        goal = self.hierarchy.prior.updated(total, mean.mean(0), moment)
+        size = 1.0 if shown >= total else (1 + step / options.delay) ** -options.forgetting
+
+        def second(law: GlobalLaw) -> Tensor:
+            square = torch.outer(law.mean, law.mean) if self.full else law.mean.square()
+            return law.scale + law.count * square
+
+        centre = law.mean + size * (goal.mean - law.mean)
+        both = second(law) + size * (second(goal) - second(law))
+        square = torch.outer(centre, centre) if self.full else centre.square()
+        raw = {"mean": centre, "scale": self._raw_scale(both - goal.count * square)}
+        self.theta = torch.cat([raw[name].reshape(-1) for name in self.shapes])
+
+    def _law(self, theta: Tensor) -> tuple[GlobalLaw, Tensor | None]:
+        """The global law, and sigma where it is learned."""
+        prior = self.hierarchy.prior
+        parts = theta.split([shape.numel() for shape in self.shapes.values()])
+        raw = {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        scale = raw["scale"].exp() if not self.full else _gram(raw["scale"])
+        count, df = prior.count + self.total, prior.df + self.total
+        if "log_count" in raw:
+            count, df = raw["log_count"].exp(), raw["log_df"].exp() + self._least()
+        sigma = raw["log_sigma"].exp() if "log_sigma" in raw else None
+        return prior.replaced(raw["mean"], count, df, scale), sigma
+
+    def _raw_scale(self, scale: Tensor) -> Tensor:
+        """The inverse of what `_law` does to the scale."""
+        if not self.full:
+            return scale.log()
+        lower = torch.linalg.cholesky(scale)
+        return lower.tril(-1) + torch.diag(lower.diagonal().log())
+
+    def _least(self) -> float:
+        """Degrees of freedom are above this."""
+        return self.hierarchy.prior.dim - 1 if self.full else 0
+
+    def result(self, complete: bool) -> FittedMeta:
+        """The fit at the averaged numbers, or at the last ones where none were averaged."""
+        done = int(torch.isfinite(self.history).sum())
+        averaged = done > round(self.options.steps * (1 - self.options.average))
+        with torch.no_grad():
+            law, sigma = self._law(self.average if averaged else self.theta.detach())
+        return FittedMeta(
+            self.hierarchy,
+            law,
+            sigma,
+            self.options.local,
+            self.options.expectation,
+            self.total,
+            self.history[:done],
+            complete,
+        )
+
+
+def _gram(raw: Tensor) -> Tensor:
+    """L L' with L below the diagonal and exp of it on it."""
+    lower = raw.tril(-1) + torch.diag(raw.diagonal().exp())
+    return lower @ lower.mT
