@@ -87,32 +87,38 @@ class ProgramPath:
         Returns:
             The pytree with a leading lane axis.
         """
-        program, site = self.program, self.site
+        program = self.program
         shared = program.shared_inputs(params={**program.parameters, **parameters})
-        value = torch.zeros(program.sites[site].shape, dtype=z.dtype, device=z.device)
+        value = torch.zeros(program.sites[self.site].shape, dtype=z.dtype, device=z.device)
 
         def one(row: Tensor, *own: Tensor) -> Any:
-            run = Run(values={site: value}, z=row, layout=self.layout)
-            with _At(site, lambda path: action(path, *own)) as at:
-                program.trace_one({}, shared, run)
-            return at.found
+            run = Run(values={self.site: value}, z=row, layout=self.layout)
+            return self.run({}, shared, run, lambda path: (action(path, *own), value))[1]
 
         if program.batching != "loop":
             return torch.vmap(one)(z, *lanes)
         rows = [one(*each) for each in zip(z, *lanes, strict=True)]
         return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
 
+    def run(
+        self, lane: Mapping[str, Tensor], shared: Mapping[str, Tensor], run: Run, action: Callable[[Path], Any]
+    ) -> tuple[Any, Any]:
+        """The program's trace and setter of one run, and what `action(path)` found: it returns that and the value."""
+        with _At(self.site, action) as at:
+            made = self.program.trace_one(lane, shared, run)
+        return made, at.found
+
 
 class _At(Messenger):
-    """Does something with the distribution of a site when the model has come to it."""
+    """Does something with the distribution of a site when the model comes to it, which may give the site a value."""
 
-    def __init__(self, site: str, action: Callable[[Any], Any]) -> None:
+    def __init__(self, site: str, action: Callable[[Any], tuple[Any, Tensor]]) -> None:
         super().__init__()
         self.site, self.action, self.found = site, action, None
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.site:
-            self.found = self.action(unwrap(msg["fn"]))
+            self.found, msg["value"] = self.action(unwrap(msg["fn"]))
 
 
 def path_leaf(layout: Layout, size: int | None, site: str | None, program: Program | None, who: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inverse.paths.factors import Factors
 from inverse.problem import DiffusionProblem
 from ppl.errors import CapabilityError, ShapeError
 from ppl.program import Program
@@ -28,7 +29,7 @@ from sde.incomplete_gamma import constant
 from sde.increments import starts_random
 from sde.path import Path
 
-__all__ = ["LinearControl", "linear_control", "linear_control_of"]
+__all__ = ["LinearControl", "linear_control", "linear_control_of", "linearised_control"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,42 @@ def linear_control(path: Path, rows: Tensor, data: Tensor, variance: Tensor | fl
     return _Backward(path, rows, data, variance).run()
 
 
+def linearised_control(path: Path, rows: Tensor, data: Tensor, variance: Tensor, rounds: int = 1) -> LinearControl:
+    """The control of a path linearised about the mean that the control before it makes, the first about no noise.
+
+    Exact for linear paths after one round. Nothing is checked, so that it can run inside a map over draws.
+
+    Args:
+        path: any path without a batch shape.
+        rows: (obs, n, d), each of one time.
+        data: (obs,).
+        variance: (obs,) of the data's noise.
+        rounds: how often.
+
+    Source: the iterated extended Kalman smoother [inferred].
+    """
+    control: LinearControl | None = None
+    for _ in range(rounds):
+        control = _Backward(path, rows, data, variance, mean_states(path, control, data)).run()
+    assert control is not None
+    return control
+
+
+def mean_states(path: Path, control: LinearControl | None, like: Tensor) -> Tensor:
+    """(steps, d) states before every step, all driving numbers at their mean under a control; zero without one."""
+    x, found = path.initial.to(like)[None], []
+    start = None if control is None else control.start_mean.to(like)[None]
+    factors = Factors(path, x, start)
+    times, dts = constant(path.increments.grid, like).to(like), path.increments.dt.tolist()
+    for n in range(path.steps):
+        found.append(x)
+        z = x.new_zeros(1, path.noises) if control is None else control.mean(n, x, factors.y)
+        x = path.process.step(x.to(path.dtype), times[n].to(path.dtype), dts[n], factors.move(n, z).to(path.dtype)).to(
+            x
+        )
+    return torch.cat(found)
+
+
 def linear_control_of(program: Program, site: str | None = None) -> LinearControl:
     """The exact control of a program with one linear path and linear Gaussian data of single times.
 
@@ -148,8 +185,8 @@ def linear_control_of(program: Program, site: str | None = None) -> LinearContro
 class _Backward:
     """The recursion from the last step to the first."""
 
-    def __init__(self, path: Path, rows: Tensor, data: Tensor, variance: Tensor) -> None:
-        self.path, self.rows, self.data, self.variance = path, rows, data, variance
+    def __init__(self, path: Path, rows: Tensor, data: Tensor, variance: Tensor, about: Tensor | None = None) -> None:
+        self.path, self.rows, self.data, self.variance, self.about = path, rows, data, variance, about
         noise, increments = path.process.noise, path.increments
         self.d, self.m, self.k = path.event_shape[1], path.noises, noise.size
         like = self.data
@@ -204,21 +241,38 @@ class _Backward:
         path, d, m, k = self.path, self.d, self.m, self.k
         like, t = self.data, self.data.new_tensor(path.increments.grid[n])
         dt = float(path.increments.dt[n])
-        points = torch.cat([like.new_zeros(1, d), torch.eye(d, dtype=like.dtype, device=like.device)])
-        drift = path.process.f(points.to(path.dtype), t.to(path.dtype)).to(like)
-        g = path.process.g(points[0].to(path.dtype), t.to(path.dtype)).to(like)
-        g = g if path.process.general else torch.diag(g)
-        eye = torch.eye(d, dtype=like.dtype, device=like.device)
-        of_x = eye + dt * (drift[1:] - drift[0]).mT
+        shift, of_x, x = self._drift(n, t)
+        g = path.process.g(x.to(path.dtype), t.to(path.dtype)).to(like)
+        g = g if path.process.general else torch.diag_embed(g)
+        of_x = torch.eye(d, dtype=like.dtype, device=like.device) + dt * of_x
         if not k:
-            return of_x, dt * drift[0], g * math.sqrt(dt)
+            return of_x, dt * shift, g * math.sqrt(dt)
         carried = self.after[:, n] * self.decay[n] - self.before[:, n]  # (m, K), what B's increment takes from Y
         moved = (self.after[:, n] * self.kick[n]).sum(-1)  # (m,), and from the driving number
         kick = self.kick[n].expand(m, k)
         above = torch.cat([of_x, g @ torch.block_diag(*carried[:, None])], 1)
         below = torch.cat([like.new_zeros(m * k, d), torch.diag(self.decay[n].repeat(m))], 1)
         push = torch.cat([g * moved, torch.block_diag(*kick[..., None])])
-        return torch.cat([above, below]), torch.cat([dt * drift[0], like.new_zeros(m * k)]), push
+        return torch.cat([above, below]), torch.cat([dt * shift, like.new_zeros(m * k)]), push
+
+    def _drift(self, n: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f(x) = shift + F x at step n, and where: from unit vectors where it is linear, else about a state."""
+        process, like, dtype = self.path.process, self.data, self.path.dtype
+        zero = like.new_zeros(self.d)
+        if self.about is None:
+            points = torch.cat([zero[None], torch.eye(self.d, dtype=like.dtype, device=like.device)])
+            drift = process.f(points.to(dtype), t.to(dtype)).to(like)
+            return drift[0], (drift[1:] - drift[0]).mT, zero
+        x = self.about[n]
+        if not callable(process.drift):
+            return process.f(x.to(dtype), t.to(dtype)).to(like), torch.diag_embed(zero), x
+
+        def f(x: Tensor) -> tuple[Tensor, Tensor]:
+            value = process.f(x.to(dtype)[None], t.to(dtype))[0].to(like)
+            return value, value
+
+        slope, value = torch.func.jacrev(f, has_aux=True)(x)
+        return value - slope @ x, slope, x
 
     def _start(self, precision: Tensor, right: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The law of the numbers that start the factors, and log p(y)."""

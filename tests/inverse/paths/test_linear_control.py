@@ -11,7 +11,7 @@ from torch import Tensor
 import inverse
 import ppl
 from inverse.paths import LinearControl, linear_control, linear_control_of
-from inverse.paths.control_guide import Factors
+from inverse.paths.factors import Factors
 from ppl.errors import CapabilityError, ShapeError
 from sde import BrownianNoise, MarkovNoise, Path, Process
 from sde.increments import Noise
