@@ -35,6 +35,7 @@ __all__ = [
     "JointPrior",
     "KrylovCovariance",
     "LowRankCovariance",
+    "MarkovIncrements",
     "MarkovNoise",
     "MeanRevertingPath",
     "NetworkCovariance",
@@ -96,6 +97,7 @@ from sde.krylov import KrylovCovariance
 from sde.log_density import Estimate
 from sde.low_rank import LowRankCovariance
 from sde.markov import MarkovNoise
+from sde.markov_increments import MarkovIncrements
 from sde.mean_reversion import MeanRevertingPath
 from sde.mixture import GaussianMixture
 from sde.network_covariance import NetworkCovariance
