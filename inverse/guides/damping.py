@@ -17,7 +17,7 @@ from inverse.guides.base import likelihood_gradient
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 
-__all__ = ["damping", "per_lane", "rms"]
+__all__ = ["curvature", "damping", "per_lane", "rms", "share"]
 
 SECANT = 1e-3
 """Length of the move over which curvature is measured, in units of the entries of u."""
@@ -33,10 +33,10 @@ def rms(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1).sqrt()
 
 
-def damping(
+def curvature(
     problem: DiffusionProblem, point: Tensor, gradient: Tensor, direction: Tensor, spread: float, cost: Cost
 ) -> Tensor:
-    """t per lane, (lanes,).
+    """u^T H u per lane, (lanes,), no less than zero.
 
     Args:
         problem: says the likelihood.
@@ -46,15 +46,26 @@ def damping(
         spread: sd of x_0 given x; what is not Gaussian is measured over a thousandth of it.
         cost: where the second likelihood evaluation is counted.
     """
-    along = (gradient * direction).flatten(1).sum(1)
     if problem.likelihood.is_gaussian:
-        curvature = problem.likelihood.gaussian.operator(direction).square().flatten(1).sum(1)
+        found = problem.likelihood.gaussian.operator(direction).square().flatten(1).sum(1)
     else:
         tiny = torch.finfo(point.dtype).tiny
         h = SECANT * spread / rms(direction).clamp(min=tiny)
         # In float32 a shorter move would be lost in rounding.
         h = h * (30.0 if point.dtype == torch.float32 else 1.0)
         after = likelihood_gradient(problem, point + per_lane(h, point) * direction, cost)[1]
-        curvature = ((gradient - after) * direction).flatten(1).sum(1) / h
-    curvature = curvature.to(along).clamp(min=0)
-    return torch.where(along > 0, along / (along + curvature), torch.ones_like(along))
+        found = ((gradient - after) * direction).flatten(1).sum(1) / h
+    return found.to(point).clamp(min=0)
+
+
+def share(along: Tensor, curved: Tensor) -> Tensor:
+    """t = g.u / (g.u + u^T H u), and 1 where the direction does not climb."""
+    return torch.where(along > 0, along / (along + curved), torch.ones_like(along))
+
+
+def damping(
+    problem: DiffusionProblem, point: Tensor, gradient: Tensor, direction: Tensor, spread: float, cost: Cost
+) -> Tensor:
+    """t per lane, (lanes,); arguments as in `curvature`."""
+    along = (gradient * direction).flatten(1).sum(1)
+    return share(along, curvature(problem, point, gradient, direction, spread, cost))
