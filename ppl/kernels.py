@@ -15,7 +15,7 @@ from ppl.cost import Cost
 from ppl.errors import NotFiniteError, OptionError
 from ppl.program import Program
 
-__all__ = ["ConditionalDraw", "HMCKernel", "Kernel", "SliceKernel"]
+__all__ = ["ConditionalDraw", "HMCKernel", "Kernel", "SliceKernel", "slice_move"]
 
 Values = Mapping[str, Tensor]
 SHRINKS_AT_MOST = 500
@@ -105,50 +105,78 @@ class _Slices:
         log_p = self._log_p(block, z, values)
         _check_start(log_p, self.sites)
         for i in range(block.dim):
-            z, log_p = self._coordinate(block, z, log_p, i, values, generator)
+            z, log_p = slice_move(
+                lambda moved: self._log_p(block, moved, values),
+                z,
+                log_p,
+                i,
+                generator,
+                self.options.width,
+                self.options.limit,
+            )
         return block.constrain(z, values)
 
     def _log_p(self, block: Conditional, z: Tensor, values: Values) -> Tensor:
         self.cost.add(density_evals=len(z))
         return block.log_density(z, values)
 
-    def _coordinate(
-        self, block: Conditional, z: Tensor, log_p: Tensor, i: int, values: Values, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """One slice move of coordinate i in all chains; those that are done wait for the last."""
 
-        def uniform() -> Tensor:
-            return torch.rand(len(z), dtype=z.dtype, device=z.device, generator=generator)
+def slice_move(
+    evaluate: Callable[[Tensor], Tensor],
+    z: Tensor,
+    log_p: Tensor,
+    i: int,
+    generator: torch.Generator,
+    width: float = 1.0,
+    limit: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """One slice move of coordinate i in all chains; those that are done wait for the last.
 
-        def at(place: Tensor) -> Tensor:
-            moved = z.clone()
-            moved[:, i] = place
-            return self._log_p(block, moved, values)
+    Args:
+        evaluate: log density, (chains, dim) -> (chains,).
+        z: (chains, dim).
+        log_p: (chains,) its log density.
+        i: the coordinate.
+        generator: source of randomness.
+        width: first interval.
+        limit: widths that the interval grows to at most.
 
-        width, old = self.options.width, z[:, i].clone()
-        level = log_p + uniform().log()
-        left = old - width * uniform()
-        right = left + width
-        # The budget of growth is split at random between the ends, or the move would not be reversible.
-        to_left = (self.options.limit * uniform()).floor()
-        to_right = self.options.limit - 1 - to_left
-        left = _grow(at, left, -width, to_left, level)
-        right = _grow(at, right, width, to_right, level)
-        new, new_log_p = old.clone(), log_p.clone()
-        active = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        for _ in range(SHRINKS_AT_MOST):
-            place = left + (right - left) * uniform()
-            found = at(place)
-            accept = active & (found >= level)
-            new, new_log_p = torch.where(accept, place, new), torch.where(accept, found, new_log_p)
-            active = active & ~accept
-            if not bool(active.any()):
-                break
-            left = torch.where(active & (place < old), place, left)
-            right = torch.where(active & (place >= old), place, right)
-        z = z.clone()
-        z[:, i] = new
-        return z, new_log_p
+    Returns:
+        The moved z and its log density.
+    """
+
+    def uniform() -> Tensor:
+        return torch.rand(len(z), dtype=z.dtype, device=z.device, generator=generator)
+
+    def at(place: Tensor) -> Tensor:
+        moved = z.clone()
+        moved[:, i] = place
+        return evaluate(moved)
+
+    old = z[:, i].clone()
+    level = log_p + uniform().log()
+    left = old - width * uniform()
+    right = left + width
+    # The budget of growth is split at random between the ends, or the move would not be reversible.
+    to_left = (limit * uniform()).floor()
+    to_right = limit - 1 - to_left
+    left = _grow(at, left, -width, to_left, level)
+    right = _grow(at, right, width, to_right, level)
+    new, new_log_p = old.clone(), log_p.clone()
+    active = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    for _ in range(SHRINKS_AT_MOST):
+        place = left + (right - left) * uniform()
+        found = at(place)
+        accept = active & (found >= level)
+        new, new_log_p = torch.where(accept, place, new), torch.where(accept, found, new_log_p)
+        active = active & ~accept
+        if not bool(active.any()):
+            break
+        left = torch.where(active & (place < old), place, left)
+        right = torch.where(active & (place >= old), place, right)
+    z = z.clone()
+    z[:, i] = new
+    return z, new_log_p
 
 
 def _grow(at: Callable[[Tensor], Tensor], end: Tensor, width: float, budget: Tensor, level: Tensor) -> Tensor:

@@ -201,21 +201,31 @@ class Increments:
             self._fixed_maps = [(a.cpu().numpy(), b.cpu().numpy()) for a, b in maps]
         return maps
 
-    def factor(self) -> Tensor:
-        """Cholesky factor of the covariance of the increments: (*hurst, steps, steps), float64."""
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """What increments are of driving numbers, and of the numbers of the start: float64.
+
+        Returns:
+            (*hurst, steps, steps) lower triangular, and (*hurst, steps, size), without columns unless the start is
+            random.
+        """
         eye = torch.eye(self.steps, dtype=torch.float64)
         if self.noise.size == 0:
-            return torch.from_numpy(np.diag(np.sqrt(self.dt)))
-        hurst = self.noise.weights().shape[:-1]
+            return torch.from_numpy(np.diag(np.sqrt(self.dt))), eye[:, :0]
+        hurst, size = self.noise.weights().shape[:-1], self.noise.size
         eye = eye.expand(*hurst, self.steps, self.steps) if hurst else eye
         if not starts_random(self.noise):
-            return self(eye.movedim(-2, 0), None).movedim(0, -1)
-        size = self.noise.size
+            return self(eye.movedim(-2, 0), None).movedim(0, -1), eye[..., :0]
         start = torch.eye(size, dtype=torch.float64)
         zeros = eye.new_zeros
         lead = (1,) * len(hurst)
         from_noise = self(eye.movedim(-2, 0), zeros(self.steps, *lead, size)).movedim(0, -1)
-        from_start = self(zeros(size, *hurst, self.steps), start.reshape(size, *lead, size)).movedim(0, -1)
+        return from_noise, self(zeros(size, *hurst, self.steps), start.reshape(size, *lead, size)).movedim(0, -1)
+
+    def factor(self) -> Tensor:
+        """Cholesky factor of the covariance of the increments: (*hurst, steps, steps), float64."""
+        from_noise, from_start = self.matrices()
+        if not from_start.shape[-1]:
+            return from_noise
         return torch.linalg.cholesky(from_noise @ from_noise.mT + from_start @ from_start.mT)
 
 

@@ -67,7 +67,7 @@ class Path(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         times = torch.as_tensor(times)
-        known = np.asarray(times.detach().cpu().numpy(), dtype=np.float64)
+        known = np.asarray(times.tolist(), dtype=np.float64)  # numpy() has no data where a transform is under way
         if known.ndim != 1 or len(known) == 0 or not (np.diff(known, prepend=start) > 0).all():
             raise ValueError(
                 f"times must be strictly increasing and after the start at {start:g}, got {known.tolist()[:8]}; give "
@@ -248,6 +248,24 @@ class Path(TorchDistribution):
         with torch.no_grad():
             return self.draw(Size(sample_shape))
 
+    def noise_increments(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Increments of the noise that make a path whose states are all given, and log |det| of what they go through.
+
+        Args:
+            value: (*batch, n, d), of a path with a density.
+
+        Returns:
+            (*batch, m, steps) and (*batch).
+        """
+        before = torch.cat([self.initial.expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2)
+        increments, log_scale = [], torch.zeros((), dtype=value.dtype, device=value.device)
+        times, dts = constant(self.increments.grid, value).to(value), self.increments.dt.tolist()
+        for n, x in enumerate(before.unbind(-2)):
+            g = self.process.g(x, times[n])
+            increments.append((value[..., n, :] - x - self.process.f(x, times[n]) * dts[n]) / g)
+            log_scale = log_scale + g.abs().log().sum(-1)
+        return torch.stack(increments, -1), log_scale
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of the discretised path, (*batch).
 
@@ -259,14 +277,7 @@ class Path(TorchDistribution):
                 "no density in closed form: this path has steps between its times, shared noises, or Heun's rule; "
                 "run the engine in noise space, ppl.NoiseSpace(engine), or use dt=None"
             )
-        before = torch.cat([self.initial.expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2)
-        increments, log_scale = [], torch.zeros((), dtype=value.dtype, device=value.device)
-        times, dts = constant(self.increments.grid, value).to(value), self.increments.dt.tolist()
-        for n, x in enumerate(before.unbind(-2)):
-            g = self.process.g(x, times[n])
-            increments.append((value[..., n, :] - x - self.process.f(x, times[n]) * dts[n]) / g)
-            log_scale = log_scale + g.abs().log().sum(-1)
-        b = torch.stack(increments, -1)
+        b, log_scale = self.noise_increments(value)
         factor = self.increments.factor().to(value)
         white = torch.linalg.solve_triangular(factor, b[..., None], upper=False)[..., 0]
         half = factor.diagonal(dim1=-2, dim2=-1).log().expand(b.shape)

@@ -232,14 +232,14 @@ def run_particles(
         NotFiniteError: a weight is NaN or infinite.
         AllDeadError: all weights are zero.
     """
-    saved = monitor.resume()
+    saved, place = monitor.resume(), getattr(kernel, "place", "noise level")
     if saved is not None:
         start = int(saved["step"])
         run = Run.unpack(kernel, saved, start)
     else:
         start = 0
         run = Run.begin(kernel.start(particles, generator), particles, generator.device)
-        weigh(run, kernel.first_weight(run.population), monitor, f"noise level 1 of {kernel.levels}")
+        weigh(run, kernel.first_weight(run.population), monitor, f"{place} 1 of {kernel.levels}")
     done = start
     for level in monitor.steps(kernel.levels - 1, label, start=start):
         if run.ess[-1] < threshold * particles:
@@ -248,7 +248,7 @@ def run_particles(
                 run.population, share = moves(run.population, level, generator)
                 run.accepted.append(share)
         run.population, increment = kernel.move(run.take(), level, generator)
-        weigh(run, increment, monitor, f"noise level {level + 2} of {kernel.levels}")
+        weigh(run, increment, monitor, f"{place} {level + 2} of {kernel.levels}")
         monitor.report(ess=run.ess[-1])
         done = level + 1
         monitor.checkpoint(done, run.pack)

@@ -1,8 +1,20 @@
-"""Inference that uses the structure of a path: guides that steer the driving noise."""
+"""Inference that uses the structure of a path: guides that steer the driving noise, particles that follow it."""
 
 from __future__ import annotations
 
-__all__ = ["ControlGuide", "LinearControl", "linear_control", "linear_control_of"]
+__all__ = [
+    "ControlGuide",
+    "GuidedParticleFilter",
+    "LinearControl",
+    "ParticleGibbs",
+    "ParticleGibbsKernel",
+    "Uncontrolled",
+    "linear_control",
+    "linear_control_of",
+]
 
 from inverse.paths.control_guide import ControlGuide
+from inverse.paths.controls import Uncontrolled
 from inverse.paths.linear_control import LinearControl, linear_control, linear_control_of
+from inverse.paths.particle_filter import GuidedParticleFilter
+from inverse.paths.particle_gibbs import ParticleGibbs, ParticleGibbsKernel
