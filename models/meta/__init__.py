@@ -9,12 +9,13 @@ from models.meta.adaptation import Adapted, ClosedForm, Prediction, Variational,
 from models.meta.cavi import CoordinateAscent
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.fitted_meta import FittedMeta
+from models.meta.guides import amortised_guide, empirical_bayes_guide
 from models.meta.local import SGLD, Fisher, GaussNewton, LocalNormal
 from models.meta.maml import MAML, FittedMAML
 from models.meta.network import Bernoulli, Categorical, Gaussian, Likelihood, Network, mlp
 from models.meta.niw import NIWMeta
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart
-from models.meta.program import Hierarchy, empirical_bayes_guide, hierarchy_of
+from models.meta.program import Hierarchy, hierarchy_of
 
 __all__ = [
     "MAML",
@@ -43,6 +44,7 @@ __all__ = [
     "Prediction",
     "Variational",
     "adapt",
+    "amortised_guide",
     "empirical_bayes_guide",
     "hierarchy_of",
     "mlp",

@@ -22,7 +22,7 @@ from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWis
 from ppl.errors import OptionError, ProgramError, ShapeError
 from ppl.program import Program
 
-__all__ = ["Hierarchy", "empirical_bayes_guide", "hierarchy_of"]
+__all__ = ["Hierarchy", "hierarchy_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +108,16 @@ class Hierarchy:
                 theta = pyro.deterministic("theta", place(pyro.sample("theta_noise", noise_law)), event_dim=1)
             shown = (x, y, mask) if size is None else (x[index], y[index], mask[index])
             points = Points(*shown)
-            target = self.likelihood.law(self.network(theta, points.x), sigma)
+            target = self.likelihood.law(self.outputs(theta, points.x), sigma)
             pyro.sample("y", target.mask(points.mask).to_event(1), obs=points.y)
+
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Of the network: theta (*batch, b, d), x (b, points, *x) -> (*batch, b, points, *outputs)."""
+        return self.network(theta, x.expand(*theta.shape[:-2], *x.shape))
 
     def losses(self, theta: Tensor, points: Points, sigma: Tensor | None = None) -> Tensor:
         """l_i(theta_i) = -log p(D_i | theta_i): theta (*batch, b, d) of b episodes -> (*batch, b)."""
-        x = points.x.expand(*theta.shape[:-2], *points.x.shape)
-        log_p = self.likelihood.law(self.network(theta, x), sigma).log_prob(points.y)
+        log_p = self.likelihood.law(self.outputs(theta, points.x), sigma).log_prob(points.y)
         return -log_p.masked_fill(~points.mask, 0.0).sum(-1)
 
     def sigma(self) -> Tensor | None:
@@ -152,7 +155,7 @@ def _strictly_lower(below: Tensor, d: int) -> Tensor:
     rows, columns = torch.tril_indices(d, d, -1)
     basis = below.new_zeros(len(rows), d, d)
     basis[torch.arange(len(rows)), rows, columns] = 1.0
-    return torch.einsum("k,kij->ij", below, basis)
+    return torch.einsum("...k,kij->...ij", below, basis)
 
 
 def _solved(root: Tensor, z: Tensor) -> Tensor:
@@ -174,20 +177,23 @@ class RootedNormal(dist.TorchDistribution):
 
     def __init__(self, loc: Tensor, root: Tensor, validate_args: bool | None = None) -> None:
         self.loc, self.root = loc, root
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+        batch = torch.broadcast_shapes(loc.shape[:-1], root.shape[:-2])
+        super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> RootedNormal:
         """The same over more batch axes."""
-        return RootedNormal(self.loc.expand(*batch_shape, -1), self.root, validate_args=False)
+        loc = self.loc.expand(*batch_shape, *self.event_shape)
+        return RootedNormal(loc, self.root, validate_args=False)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch, d)."""
-        noise = torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + _solved(self.root, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log density."""
-        white = (value - self.loc) @ self.root
+        white = ((value - self.loc)[..., None, :] @ self.root)[..., 0, :]
         log_det = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return log_det - 0.5 * white.square().sum(-1) - 0.5 * value.shape[-1] * _LOG_2_PI
 
@@ -209,33 +215,3 @@ def hierarchy_of(program: Program) -> tuple[Hierarchy, Points]:
         )
     (x, y, mask), _ = program.arguments.call({})
     return program.model, Points(x, y, mask)
-
-
-def empirical_bayes_guide(hierarchy: Hierarchy, width: float = 0.1) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """A Pyro guide with point values of mu and Sigma and independent normal coordinates of theta.
-
-    Args:
-        hierarchy: a centred one.
-        width: standard deviation of theta at the start.
-
-    Raises:
-        OptionError: the hierarchy is not centred, or its law has correlations.
-    """
-    prior = hierarchy.prior
-    if not isinstance(prior, NormalInverseGamma) or not hierarchy.centred:
-        raise OptionError("the empirical Bayes guide takes a centred hierarchy with a NormalInverseGamma prior")
-
-    def guide(x: Tensor, y: Tensor, mask: Tensor) -> None:
-        d, n = prior.dim, len(x)
-        positive = dist.constraints.positive
-        precision = pyro.param("precision_point", prior.precision().clone(), constraint=positive)
-        mu = pyro.param("mu_point", prior.mean.clone())
-        mean = pyro.param("theta_mean", prior.mean.expand(n, d).clone())
-        spread = pyro.param("theta_sd", torch.full_like(mean, width), constraint=positive)
-        pyro.sample("precision", dist.Delta(precision, event_dim=1))
-        pyro.sample("mu", dist.Delta(mu, event_dim=1))
-        size = None if hierarchy.batch is None or hierarchy.batch >= n else hierarchy.batch
-        with pyro.plate("episodes", n, subsample_size=size) as index:
-            pyro.sample("theta", dist.Normal(mean[index], spread[index]).to_event(1))
-
-    return guide
