@@ -54,6 +54,9 @@ def backends() -> dict[str, Any]:
         "DPS": inverse.DPS(steps=STEPS),
         "REDDiff": inverse.REDDiff(steps=STEPS),
         "TwistedSMC(particles=16, runs=1)": inverse.TwistedSMC(steps=STEPS, particles=16, runs=1),
+        "DDSMC(particles=16, runs=1)": inverse.DDSMC(steps=STEPS, particles=16, runs=1),
+        "MCGdiff(particles=16, runs=1)": inverse.MCGdiff(steps=STEPS, particles=16, runs=1),
+        "FPSSMC(particles=16, runs=1)": inverse.FPSSMC(steps=STEPS, particles=16, runs=1),
     }
 
 

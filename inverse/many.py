@@ -30,6 +30,7 @@ __all__ = [
     "ManyProblems",
     "Streams",
     "UnlikeError",
+    "lane_zeros",
     "lanes_at_a_time",
     "require_alike",
     "require_even",
@@ -179,6 +180,13 @@ class LaneLikelihood(_OfMany, Likelihood):
 def lanes_at_a_time(chunk: int | None, each: int, device: torch.device) -> int:
     """Most lanes of a batch: what was asked for, or what a device gains from; a larger problem by itself."""
     return chunk if chunk is not None else max(LANES.get(device.type, LANES["cpu"]), each)
+
+
+def lane_zeros(problem: DiffusionProblem) -> Tensor:
+    """Zeros (1, *site), or (lanes, *site) where every lane has an operator of its own."""
+    own = isinstance(problem, LaneProblem) and isinstance(problem.likelihood.gaussian.operator, PerLane)
+    lanes = len(problem.which) if own and isinstance(problem, LaneProblem) else 1
+    return torch.zeros(lanes, *problem.shape, dtype=problem.dtype, device=problem.device)
 
 
 def require_alike(problem: DiffusionProblem, what: str) -> None:

@@ -44,6 +44,7 @@ class ConjugateBackend(ParticleBackend):
     solver: Solver = field(default_factory=DPMSolver2MSDE)
 
     exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
+    batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,8 +58,8 @@ class Said:
 
     Args:
         center: (r,) or (particle, r) o.
-        variance: (r,) v.
-        active: (r,) bool, of which coordinates anything is said.
+        variance: (r,) or (particle, r) v.
+        active: (r,) or (particle, r) bool, of which coordinates anything is said.
     """
 
     center: Tensor
@@ -119,7 +120,7 @@ class ConjugateKernel(SpectralKernel):
         _, mean, state = self.step(x, level, state)
         said = self.said(self.data.of_x(x), level, own)
         gap, spread = said.center - self.data.of_x(mean), self.variance[level] + said.variance
-        twist = log_normal(gap[:, said.active].double(), spread[said.active].double())
+        twist = log_normal(gap.double(), spread.double(), said.active)
         return Step(x, mean, twist, state, own)
 
     def move(
@@ -140,7 +141,7 @@ class ConjugateKernel(SpectralKernel):
 
     def noise(self, rows: int, generator: torch.Generator) -> Tensor:
         """(rows, r) standard normal noise for the coordinates."""
-        return self.problem.noise(rows, generator, self.data.s.shape)
+        return self.problem.noise(rows, generator, self.data.s.shape[-1:])
 
     def _increment(self, population: Step, level: int) -> Tensor:
         """log psi less what is taken back."""

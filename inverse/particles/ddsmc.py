@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from inverse.many import lane_zeros
 from inverse.particles.backend import ParticleBackend
 from inverse.particles.spectral import SpectralKernel, Step, check_reversal, check_solver, log_normal
 from inverse.problem import DiffusionProblem
@@ -84,6 +85,7 @@ class DDSMC(ParticleBackend):
 
     limit: ClassVar[tuple[str, ...]] = ("particles", "steps", "ode_steps")
     exact_when: ClassVar[tuple[str, ...]] = ("linear_gaussian_likelihood",)
+    batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,9 +113,7 @@ class DDSMCKernel(SpectralKernel):
         self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, method: str
     ) -> None:
         super().__init__(problem, sigmas, solver, chunk, method)
-        self.mean = self.data.of_x(
-            problem.prior.start(torch.zeros_like(problem.noise(1, torch.Generator(problem.device))))
-        )[0]
+        self.mean = self.data.of_x(problem.prior.start(lane_zeros(problem)))
         self.keep, self.slope = self.closure()
         width = [0.0]
         for slope, c in zip(self.slope[-2::-1], self.variance[-2::-1], strict=True):

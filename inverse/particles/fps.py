@@ -94,10 +94,10 @@ class FPSKernel(ConjugateKernel):
         self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, slack: float
     ) -> None:
         super().__init__(problem, sigmas, solver, chunk, "FPSSMC")
-        levels = sigmas.to(self.tau.device).double()
-        spread = self.tau.double().square() + (slack * levels[:, None]).square()
+        levels = sigmas.to(self.tau.device).double().reshape(-1, *[1] * self.tau.ndim)
+        spread = self.tau.double().square() + (slack * levels).square()
         # v_b (1 - l) from v_a - v_b = slack^2 (a^2 - b^2): in float32 l rounds to 1 for data far noisier than b.
-        fallen = slack**2 * (levels[:-1].square() - levels[1:].square())[:, None]
+        fallen = slack**2 * (levels[:-1].square() - levels[1:].square())
         self.fresh = (spread[1:] * fallen / spread[:-1]).to(self.tau)
         self.spread = spread.to(self.tau)
         self.scale = math.sqrt(1 + slack**2)  # of the copy's noise, in units of that of x

@@ -74,9 +74,10 @@ class MCGdiffKernel(ConjugateKernel):
         self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, method: str
     ) -> None:
         super().__init__(problem, sigmas, solver, chunk, method)
-        levels, tau = sigmas.to(self.tau.device)[:, None], self.tau.double()
+        tau, own = self.tau.double(), sigmas.to(self.tau.device)
+        levels = own.reshape(-1, *[1] * tau.ndim)
         self.last = (levels > tau).sum(0)  # as many levels as lie above tau come before the first that does not
-        absorbed = levels[self.last, 0].square()
+        absorbed = own[self.last].square()
         spread = (levels.square() - absorbed).clamp(min=0) + (tau.square() - absorbed)
         self.spread = spread.to(self.tau)
 
@@ -90,8 +91,7 @@ class MCGdiffKernel(ConjugateKernel):
 
     def taken_back(self, seen: Tensor, level: int, own: dict[str, Tensor]) -> Tensor:
         """All but the factors of coordinates that the level absorbs."""
-        after = self.last > level
-        return log_normal((seen - self.center)[:, after].double(), self.spread[level][after].double())
+        return log_normal((seen - self.center).double(), self.spread[level].double(), self.last > level)
 
     def _at(self, level: int) -> Said:
         return Said(self.center, self.spread[level], self.last >= level)

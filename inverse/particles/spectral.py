@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inverse.chunks import Chunks
+from inverse.many import LaneProblem, require_even
 from inverse.problem import DiffusionProblem
 from inverse.samplers.trajectory import SpectralData
 from ppl.errors import OptionError
@@ -80,13 +81,16 @@ def check_reversal(solver: Solver, method: str) -> None:
         )
 
 
-def log_normal(gap: Tensor, variance: Tensor) -> Tensor:
-    """log N(gap; 0, diag(variance)), (*batch, r) -> (*batch)."""
-    return -0.5 * (gap.square() / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
+def log_normal(gap: Tensor, variance: Tensor, active: Tensor | None = None) -> Tensor:
+    """log N(gap; 0, diag(variance)) of the active coordinates, (*batch, r) -> (*batch); None is of all."""
+    each = -0.5 * (gap.square() / variance + variance.log() + math.log(2 * math.pi))
+    return (each if active is None else torch.where(active, each, 0.0)).sum(-1)
 
 
 class SpectralKernel:
     """What kernels in the singular basis share: levels, the prior's step, packing.
+
+    Coordinates of the data are (r,) for one problem; for many, (particle, r), those of each particle's own.
 
     Args:
         problem: prior and linear Gaussian likelihood.
@@ -103,6 +107,7 @@ class SpectralKernel:
         self, problem: DiffusionProblem, sigmas: Tensor, solver: Solver, chunk: int | None, method: str
     ) -> None:
         check_solver(solver)
+        require_even(problem, method)
         self.problem, self.sigmas, self.solver = problem, sigmas, solver
         self.chunks = Chunks(chunk)
         self.data = SpectralData.of(problem, method)
@@ -112,7 +117,10 @@ class SpectralKernel:
         d = gaussian.data.double()
         missed = d - self.data.svd.from_spectral_data(self.data.svd.to_spectral_data(d))
         scale = self.tau.double().log() + 0.5 * math.log(2 * math.pi)
-        self.constant = gaussian.log_normaliser.double() - 0.5 * missed.square().sum() + scale.sum()
+        own = (-1,) if isinstance(problem, LaneProblem) else ()
+        self.constant = (
+            gaussian.log_normaliser.double() - 0.5 * missed.reshape(len(missed), -1).square().sum(own) + scale.sum(-1)
+        )
         # Variance c^2 of the prior's steps, by level, and the share of x that they keep; 0 in the last.
         self.variance = [self.noise_variance(float(a), float(b)) for a, b in pairwise(sigmas)]
 

@@ -17,7 +17,7 @@ import ppl
 from inverse.guides import LGDGuide, PiGDMGuide
 from inverse.many import LaneProblem, ManyProblems, UnlikeError, lanes_at_a_time
 from inverse.operators import Mask
-from sde import DPMSolver2MSDE, GaussianMixture, VariancePreserving
+from sde import DiffusionPrior, DPMSolver2MSDE, GaussianMixture, VariancePreserving
 
 F64 = torch.float64
 GRID = VariancePreserving()
@@ -49,18 +49,18 @@ def masked(*rows: list[int]) -> ppl.Program:
     return ppl.Program(model, ys[0], seen[0]).over(y=ys, seen=seen)
 
 
-def noisy() -> ppl.Program:
+def noisy(prior: Any = PRIOR) -> ppl.Program:
     def model(y: Tensor, sigma: Tensor) -> None:
-        x = pyro.sample("x", PRIOR)
+        x = pyro.sample("x", prior)
         pyro.sample("y", dist.Normal(x @ MATRIX.T, sigma).to_event(1), obs=y)
 
     sigma = torch.tensor([0.3, 0.4, 0.5], dtype=F64)
     return ppl.Program(model, YS[0], sigma[0]).over(y=YS, sigma=sigma)
 
 
-def matrices() -> ppl.Program:
+def matrices(prior: Any = PRIOR) -> ppl.Program:
     def model(y: Tensor, matrix: Tensor) -> None:
-        x = pyro.sample("x", PRIOR)
+        x = pyro.sample("x", prior)
         pyro.sample("y", dist.Normal(x @ matrix.T, 0.3).to_event(1), obs=y)
 
     each = rand(3, 2, 4, seed=4)
@@ -76,7 +76,7 @@ def counts() -> ppl.Program:
     return ppl.Program(model, ys[0]).over(y=ys)
 
 
-PROGRAMS: dict[str, Callable[[], ppl.Program]] = {
+PROGRAMS: dict[str, Callable[..., ppl.Program]] = {
     "data": linear,
     "noise": noisy,
     "masks": lambda: masked([1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]),
@@ -107,10 +107,16 @@ BACKENDS: dict[str, Callable[[], Any]] = {
     ),
     "TwistedSMC": lambda: inverse.TwistedSMC(steps=5, particles=6, runs=3),
     "TwistedSMC led": lambda: inverse.TwistedSMC(steps=5, particles=6, runs=3, threshold=1.0, guide=PiGDMGuide()),
+    "MCGdiff": lambda: inverse.MCGdiff(steps=5, particles=6, runs=3),
+    "FPSSMC": lambda: inverse.FPSSMC(steps=5, particles=6, runs=3),
+    "DDSMC": lambda: inverse.DDSMC(steps=5, particles=6, runs=3),
+    "DDSMC flow": lambda: inverse.DDSMC(steps=4, particles=6, runs=2, reconstruction="flow", ode_steps=2),
 }
+SPECTRAL = ("MCGdiff", "FPSSMC", "DDSMC", "DDSMC flow")
+PARTICLES = ("TwistedSMC", "TwistedSMC led", *SPECTRAL)
 
-NEED_GAUSSIAN = ("PiGDM", "MomentMatching", "DDRM", "DDNM", "DiffPIR", "TwistedSMC", "TwistedSMC led")
-UNLIKE_LEVELS = {("TwistedSMC led", "noise"), ("TwistedSMC led", "matrices")}
+NEED_GAUSSIAN = ("PiGDM", "MomentMatching", "DDRM", "DDNM", "DiffPIR", *PARTICLES)
+UNLIKE_LEVELS = {(b, p) for b in ("TwistedSMC led", *SPECTRAL) for p in ("noise", "matrices")}
 CASES = [
     (backend, program)
     for backend in BACKENDS
@@ -152,10 +158,25 @@ def test_a_problem_has_the_draws_it_has_alone(backend: str, program: str) -> Non
     costs = [single.cost for single in singles]
     for name in ("denoiser_evals", "vjps", "likelihood_evals"):
         assert getattr(posterior.cost, name) == sum(getattr(cost, name) for cost in costs), name
-    if "SMC" not in backend:
+    if backend not in PARTICLES:
         assert posterior.cost.denoiser_calls == max(cost.denoiser_calls for cost in costs)
     else:  # runs beyond the first are those of the problems that want them
         assert posterior.cost.denoiser_calls < sum(cost.denoiser_calls for cost in costs)
+
+
+@pytest.mark.parametrize("name", ["TwistedSMC led", *SPECTRAL])
+@pytest.mark.parametrize("program", ["noise", "matrices"])
+def test_particles_of_a_network_may_see_operators_and_noise_of_their_own(name: str, program: str) -> None:
+    """A network knows one lowest level, whatever the data resolve, so that singular values may differ."""
+    prior = DiffusionPrior(PRIOR.denoise, (4,), sigma_min=0.05, sigma_max=5.0, data_std=PRIOR.data_std, dtype=F64)
+    many, engine = PROGRAMS[program](prior), BACKENDS[name]()
+    posterior = solve(many, engine)
+    assert in_batch(posterior)
+    for i in range(3):
+        single = alone(many, engine, posterior, i)
+        torch.testing.assert_close(posterior["x"][i], single["x"], rtol=1e-9, atol=1e-9)
+        for many_part, part in zip(posterior.log_evidence, single.log_evidence, strict=True):
+            torch.testing.assert_close(many_part[i], part, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["DPS likelihood", "PiGDM", "DDNM", "DiffPIR", "REDDiff likelihood", "TwistedSMC led"])
@@ -189,6 +210,11 @@ def test_particles_go_in_groups_of_problems(chunk: int) -> None:
     [
         (lambda: inverse.DDRM(steps=4), lambda: masked([1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]), "unlike numbers"),
         (lambda: inverse.PiGDM(steps=4), matrices, "unlike noise levels"),
+        (
+            lambda: inverse.DDSMC(steps=4, runs=1),
+            lambda: masked([1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]),
+            "unlike num",
+        ),
         (lambda: inverse.GuidedSampler(LGDGuide(), DPMSolver2MSDE(), steps=3), linear, "LGDGuide takes one"),
         (lambda: inverse.TwistedSMC(steps=4, particles=6, runs=1, moves=1), linear, "moves after a resampling"),
     ],
