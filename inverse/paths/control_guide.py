@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import Likelihood
-from inverse.paths.linear_control import LinearControl, linearised_control
+from inverse.paths.linear_control import LinearControl, linearised_control, single_times
+from inverse.paths.path_checks import coarse_steps, refuse_unmoved
 from inverse.paths.steered import FIRST, Laws, Now, Steered, part
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import CapabilityError, OptionError, ShapeError
 from ppl.program import Program
 from ppl.sites import Layout
 from ppl.vi.guides import FullRank
@@ -81,7 +82,8 @@ class ControlGuide(Steered):
     elbo: Literal["pathwise", "energy"] = "pathwise"
     around: LinearControl | Literal["linear"] | None = field(default=None, repr=False)
     context: torch.nn.Module | None = field(default=None, repr=False)
-    data: tuple[Tensor, ...] = field(default=(), repr=False, compare=False, kw_only=True)
+    data: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False, compare=False, kw_only=True)
+    remarks: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)
     rounds: int = field(default=1, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -99,7 +101,8 @@ class ControlGuide(Steered):
         """The guide, told where the path's driving numbers are.
 
         Raises:
-            CapabilityError: no lifted path of this size, or several and no name; data that have no linear control.
+            CapabilityError: no lifted path of this size, or several and no name; data that have no linear control;
+                a path that no noise moves where data see it.
             OptionError: options that need a program without one, or a control of another path.
         """
         name, path, own, places = self.found(layout, program)
@@ -110,12 +113,13 @@ class ControlGuide(Steered):
                 f"`around` controls {tuple(self.around.offset.shape)} steps and noises, but the path has "
                 f"{(path.steps, path.noises)}; make it for this path"
             )
-        data: tuple[Tensor, ...] = ()
-        if self.around == "linear":
-            assert program is not None
-            data = _data_of(program, name, path)
-        rounds = 1 if path.is_linear else ROUNDS
-        return replace(self, path=path, places=places, own=own, program=program, data=data, rounds=rounds)
+        data = None if program is None else _data_of(program, name, path, self.around == "linear")
+        refuse_unmoved(path, None if data is None else data[0])
+        remark = None if data is None else coarse_steps(path, *data)
+        return replace(
+            self, path=path, places=places, own=own, program=program, data=data, rounds=1 if path.is_linear else ROUNDS,
+            remarks=() if remark is None else (remark,),
+        )  # fmt: skip
 
     # The guide.
 
@@ -152,9 +156,8 @@ class ControlGuide(Steered):
         """Scales of the driving numbers, features of the data, and the control that the learned one is added to."""
         roots = torch.diag_embed(params["log_scale"].exp().mT)
         control = self.around if isinstance(self.around, LinearControl) else None
-        if self.around == "linear":
-            rows, data, variance = self.data
-            control = linearised_control(path, rows, data, variance, self.rounds)
+        if self.around == "linear" and self.data is not None:
+            control = linearised_control(path, *self.data, self.rounds)
         if control is not None:
             roots = control.factor.to(like) @ roots
         return Laws(roots, self._features(params), control)
@@ -184,14 +187,21 @@ class ControlGuide(Steered):
         return found.expand(self._path.steps, -1)
 
 
-def _data_of(program: Program, site: str, path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (obs, n, d), data and variances of linear Gaussian data, at the first values of other latents.
+def _data_of(program: Program, site: str, path: Path, needed: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rows (obs, n, d), data and variances of linear Gaussian data of single times, at first values of other latents.
 
     Raises:
-        CapabilityError: the data are not linear and Gaussian.
+        CapabilityError: the data are not such, and are needed.
     """
     given = {n: v for n, v in program.first_values.items() if n != site}
-    gaussian = Likelihood(program, (site,), given).gaussian  # whitened
+    likelihood = Likelihood(program, (site,), given)
+    if not likelihood.is_gaussian and not needed:
+        return None
+    gaussian = likelihood.gaussian  # whitened
     rows = gaussian.operator.dense(dtype=torch.float64).reshape(-1, *path.event_shape)
     data = gaussian.data.reshape(-1).double()
-    return rows, data, torch.ones_like(data)
+    if single_times(rows):
+        return rows, data, torch.ones_like(data)
+    if needed:
+        raise CapabilityError('around="linear" takes data that each see one time of the path; give around=None')
+    return None

@@ -115,12 +115,17 @@ def linear_control(path: Path, rows: Tensor, data: Tensor, variance: Tensor | fl
         raise ValueError(
             "the variance of every datum must be positive; an exact value has no density, give it a small one"
         )
-    if bool(((rows != 0).any(-1).sum(1) > 1).any()):
+    if not single_times(rows):
         raise ValueError(
             "a datum measures several times of the path at once; a control looks at the present state only, so give "
             "each datum one time, or use inverse.Exact, which takes any linear data"
         )
     return _Backward(path, rows, data, variance).run()
+
+
+def single_times(rows: Tensor) -> bool:
+    """Whether each of the rows (obs, n, d) sees one time of the path at most."""
+    return not bool(((rows != 0).any(-1).sum(1) > 1).any())
 
 
 def linearised_control(path: Path, rows: Tensor, data: Tensor, variance: Tensor, rounds: int = 1) -> LinearControl:

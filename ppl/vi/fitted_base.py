@@ -24,7 +24,7 @@ from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.storage import save_tensors
 
-__all__ = ["Fitted", "Weighed", "with_parameters"]
+__all__ = ["Fitted", "Weighed", "mean_of", "with_parameters"]
 
 
 class Weighed(NamedTuple):
@@ -86,7 +86,7 @@ class Fitted:
         if particles < 2:
             raise OptionError(f"an ELBO with a standard error needs two particles or more, got {particles}")
         made = self._weigh(particles, self._source(generator, seed))
-        return _mean(made.log_p - made.log_q)
+        return mean_of(made.log_p - made.log_q)
 
     def posterior(
         self,
@@ -116,7 +116,7 @@ class Fitted:
         made = self._weigh(draws * chains, self._source(generator, seed))
         cost.add(density_evals=draws * chains)
         log_weight = (made.log_p - made.log_q).double()
-        elbo = _mean(log_weight)
+        elbo = mean_of(log_weight)
         known = made.exact and bool(torch.isfinite(log_weight).all())
         info = {
             "elbo": elbo.value,
@@ -214,7 +214,8 @@ def check_size(draws: int, chains: int) -> None:
         raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
 
 
-def _mean(values: Tensor) -> Estimate:
+def mean_of(values: Tensor) -> Estimate:
+    """The mean of draws and its standard error, in float64."""
     values = values.double()
     spread = values.std() if len(values) > 1 else values.new_tensor(math.nan)
     return Estimate(values.mean(), spread / math.sqrt(len(values)))

@@ -22,9 +22,10 @@ from ppl.vi.fitted import FittedGuide, bound_guide
 from ppl.vi.guides import Guide, MeanField
 
 if TYPE_CHECKING:
+    from ppl.flat import FlatDensity
     from ppl.program import Program
 
-__all__ = ["SVI"]
+__all__ = ["SVI", "run_fits"]
 
 
 @register
@@ -129,31 +130,7 @@ class SVI(ContinuedFitDoor):
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
         """Fit once per chain and draw from each fit; see `ppl.infer`."""
-        parts: list[Posterior] = []
-        for i in range(chains):
-            with monitor.section(f"chain {i}"):
-                fitted = self.fit(program, generator=generator, monitor=monitor)
-                parts.append(fitted.posterior(draws, 1, generator, cost=monitor.cost))
-            if monitor.interrupted:
-                break
-        best = max(parts, key=lambda part: float(part.info["elbo"]))
-        if best.info["pareto_k"] > 0.7:
-            monitor.note(
-                f"k-hat of the importance weights is {float(best.info['pareto_k']):.2f}, above 0.7: the guide misses "
-                "part of the posterior; try FullRank(), LowRank() or Flow(), more steps, or NUTS"
-            )
-        if len(parts) == 1:
-            return best
-        same = {n for n in best.info if len({p.info[n].shape for p in parts}) == 1}
-        info = {n: torch.stack([p.info[n] for p in parts]) for n in same - {"lp", "log_q"}}
-        info |= {n: torch.cat([p.info[n] for p in parts]) for n in ("lp", "log_q")}
-        return Posterior(
-            draws={n: torch.cat([p.draws[n] for p in parts]) for n in best.draws},
-            parameters=best.parameters,
-            guide=best.guide,
-            info=info,
-            attrs={"complete": len(parts) == chains and all(p.complete for p in parts)},
-        )
+        return run_fits(self, program, draws=draws, chains=chains, generator=generator, monitor=monitor)
 
     def _fitted(
         self, program: Program, generator: torch.Generator, monitor: Monitor, start: FittedGuide | None
@@ -165,6 +142,29 @@ class SVI(ContinuedFitDoor):
             return fit_objective(self, program, generator, monitor, start)  # type: ignore[return-value]
         flat = program.flat()
         guide = bound_guide(self.guide, flat)
+        for remark in getattr(guide, "remarks", ()):
+            monitor.note(remark)
+        return self.climb(program, flat, guide, generator, monitor, start)
+
+    def climb(
+        self,
+        program: Program,
+        flat: FlatDensity,
+        guide: Guide,
+        generator: torch.Generator,
+        monitor: Monitor,
+        start: FittedGuide | None = None,
+    ) -> FittedGuide:
+        """Fit a guide that is bound already, on a density that may stand in for the program's own.
+
+        Args:
+            program: whose learned parameters climb too.
+            flat: the density, with `dim`, `value_and_grads` and `prepare`.
+            guide: the family of q.
+            generator: source of all randomness.
+            monitor: progress, checkpoints, Ctrl-C.
+            start: a fit to go on from.
+        """
         fit = Ascent(self, program, flat, guide, start, generator)
         finished = monitor.finished("fit")
         saved = finished if finished is not None else monitor.resume()
@@ -200,3 +200,34 @@ class SVI(ContinuedFitDoor):
         if self.decay == "cosine":
             return self.lr * (self.lr_ratio + (1 - self.lr_ratio) * 0.5 * (1 + math.cos(math.pi * part)))
         return self.lr * (self.lr_ratio**part if self.decay == "exponential" else 1.0)
+
+
+def run_fits(
+    backend: Any, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+) -> Posterior:
+    """One fit per chain of a backend whose `fit` returns a fitted guide, and draws from each."""
+    parts: list[Posterior] = []
+    for i in range(chains):
+        with monitor.section(f"chain {i}"):
+            fitted = backend.fit(program, generator=generator, monitor=monitor)
+            parts.append(fitted.posterior(draws, 1, generator, cost=monitor.cost))
+        if monitor.interrupted:
+            break
+    best = max(parts, key=lambda part: float(part.info["elbo"]))
+    if best.info["pareto_k"] > 0.7:
+        monitor.note(
+            f"k-hat of the importance weights is {float(best.info['pareto_k']):.2f}, above 0.7: the guide misses "
+            "part of the posterior; try FullRank(), LowRank() or Flow(), more steps, or NUTS"
+        )
+    if len(parts) == 1:
+        return best
+    same = {n for n in best.info if len({p.info[n].shape for p in parts}) == 1}
+    info = {n: torch.stack([p.info[n] for p in parts]) for n in same - {"lp", "log_q"}}
+    info |= {n: torch.cat([p.info[n] for p in parts]) for n in ("lp", "log_q")}
+    return Posterior(
+        draws={n: torch.cat([p.draws[n] for p in parts]) for n in best.draws},
+        parameters=best.parameters,
+        guide=best.guide,
+        info=info,
+        attrs={"complete": len(parts) == chains and all(p.complete for p in parts)},
+    )
