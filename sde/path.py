@@ -257,7 +257,9 @@ class Path(TorchDistribution):
         Returns:
             (*batch, m, steps) and (*batch).
         """
-        before = torch.cat([self.initial.expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2)
+        before = torch.cat(
+            [self.initial[..., None, :].expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2
+        )
         increments, log_scale = [], torch.zeros((), dtype=value.dtype, device=value.device)
         times, dts = constant(self.increments.grid, value).to(value), self.increments.dt.tolist()
         for n, x in enumerate(before.unbind(-2)):
