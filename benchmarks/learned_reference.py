@@ -1,15 +1,18 @@
-"""References on learned priors: two different exact backends run longer and longer until they agree.
+"""References on learned priors: two exact backends with one target, run longer and longer until they agree.
 
-`python -m benchmarks.learned_reference` takes the linear tasks of `benchmarks.learned` on the first digits. One side is
-`TwistedSMC`, runs of many particles merged by evidence, its errors by jackknife over runs; the other `SplitGibbs` with
-the corrected likelihood, its errors over independent chains. Both come back through the prior's own noise levels, but
-from different ones: they have one target as steps grow and for a denoiser that is that of some density, which a network
-is only nearly.
+`python -m benchmarks.learned_reference` takes the linear tasks of `benchmarks.learned` on the first digits. A network
+is only nearly the denoiser of some density, so that what is exact depends on how one comes back through it. The target
+here is the chain of 50 levels of `DPMSolver2MSDE`, weighed by the likelihood of its end. Two particle methods have it
+at any number of levels, as particles grow: `TwistedSMC`, led by gradients through the network, and `DDSMC`, which asks
+for none. Runs are merged by evidence, errors are by jackknife over runs.
 
-They agree where the squared difference of all pixels and 20 projections, in squared standard errors, is below the 99 %
-point of what Monte Carlo error gives, for means and for standard deviations. Then every backend is scored against
-either side: distance of its mean in units of the posterior's total sd, sqrt(1 / 32) = 0.18 for exact draws, and ratio
-of total sds.
+The two agree where the squared difference of all pixels and 20 projections, in squared standard errors, is below the
+99 % point of what Monte Carlo error gives, for means and for standard deviations, and the error of the difference is
+below a quarter of an sd. The reference is then the mean of both. Every backend is scored against it: distance of its
+mean in units of the posterior's total sd, sqrt(1 / 32) = 0.18 for exact draws, and ratio of total sds. `--laws`
+compares it with other ways back through the same network.
+
+Every run is stored when it is done, and a benchmark that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +35,42 @@ import ppl
 from benchmarks import results
 from benchmarks.learned import DRAWS, LINEAR, backends, directions_of, draw, problem
 
-PARTICLES, RUNS = 256, 8
-CHAINS, SWEEPS = 32, 150
+STEPS, RUNS, CHUNK = 50, 8, 128
 AGREE = {True: "agree", False: "apart"}
 SHARP = 0.25  # agreement says something where the error of the difference is below this share of the sd
+PAIR = ("TwistedSMC", "DDSMC")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How one run is made.
+
+    Args:
+        backend: with its options.
+        draws: per chain.
+        chains: every chain is a group of its own where there are several.
+    """
+
+    backend: Any
+    draws: int
+    chains: int = 1
+
+
+def particles(kind: Callable[..., Any], count: int, **options: Any) -> Engine:
+    """One run of so many particles, of which all are looked at."""
+    return Engine(kind(**{"steps": STEPS, "particles": count, "runs": 1, "chunk": CHUNK} | options), count)
+
+
+def engines() -> dict[str, Engine]:
+    """The pair with one target, and others that come back through the same network by another way."""
+    return {
+        "TwistedSMC": particles(inverse.TwistedSMC, 512),
+        "DDSMC": particles(inverse.DDSMC, 2048),
+        "DDSMC, 200 levels": particles(inverse.DDSMC, 1024, steps=200),
+        "DDSMC, flow": particles(inverse.DDSMC, 512, reconstruction="flow"),
+        "SplitGibbs": Engine(inverse.SplitGibbs(steps=5, warmup=60, decay=0.9), 150, 32),
+        "SplitGibbs, 20 levels": Engine(inverse.SplitGibbs(steps=20, warmup=60, decay=0.9), 50, 32),
+    }
 
 
 @dataclass(frozen=True)
@@ -44,6 +80,15 @@ class Side:
     first: Tensor
     second: Tensor
     weight: Tensor
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> Side:
+        """From stored runs; chains of one run have equal weight."""
+        first, second = (
+            torch.cat([torch.tensor(r[n], dtype=torch.float64) for r in rows]) for n in ("first", "second")
+        )
+        evidence = [torch.full((len(r["first"]),), r["log_evidence"], dtype=torch.float64) for r in rows]
+        return cls(first, second, torch.cat(evidence).softmax(0))
 
     def moments(self, weight: Tensor | None = None) -> Tensor:
         """(2, features): means, and logs of sds."""
@@ -69,25 +114,18 @@ def features(x: Tensor, directions: Tensor) -> Tensor:
     return torch.cat([flat, flat @ directions / math.sqrt(len(directions))], 1)
 
 
-def by_particles(program: ppl.Program, directions: Tensor, seeds: range) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of every run, and its log evidence."""
-    first, second, log_evidence = [], [], []
-    for seed in seeds:
-        backend = inverse.TwistedSMC(steps=50, particles=PARTICLES, runs=1)
-        posterior = ppl.infer(program, backend, draws=PARTICLES, chains=1, seed=seed)
-        f = features(posterior.flatten("x"), directions)
-        first.append(f.mean(0))
-        second.append(f.square().mean(0))
-        log_evidence.append(posterior.info["run_log_evidence"].double().reshape(()))
-    return torch.stack(first), torch.stack(second), torch.stack(log_evidence)
-
-
-def by_sweeps(program: ppl.Program, directions: Tensor, sweeps: int) -> Side:
-    """Moments of every chain."""
-    backend = inverse.SplitGibbs(steps=5, warmup=60, decay=0.9)
-    x = ppl.infer(program, backend, draws=sweeps, chains=CHAINS, seed=77)["x"]
-    f = torch.stack([features(chain, directions) for chain in x])
-    return Side(f.mean(1), f.square().mean(1), torch.full((CHAINS,), 1 / CHAINS, dtype=torch.float64))
+def one_run(program: ppl.Program, engine: Engine, directions: Tensor, seed: int) -> dict[str, Any]:
+    """Moments of a run, or of its chains, and its log evidence where it has one."""
+    start = time.process_time()
+    posterior = ppl.infer(program, engine.backend, draws=engine.draws, chains=engine.chains, seed=seed)
+    f = torch.stack([features(chain, directions) for chain in posterior["x"]])
+    return {
+        "first": f.mean(1).tolist(),
+        "second": f.square().mean(1).tolist(),
+        "log_evidence": 0.0 if posterior.log_evidence is None else float(posterior.log_evidence.value),
+        "root_ess": float(posterior.info["root_ess"].sum()) if "root_ess" in posterior.info else math.nan,
+        "cpu": time.process_time() - start,
+    }
 
 
 def compared(a: Side, b: Side) -> dict[str, Any]:
@@ -107,93 +145,134 @@ def compared(a: Side, b: Side) -> dict[str, Any]:
             f"{name}_bound": float(chi2.ppf(0.99, freedom)) / freedom,
             f"{name}_gap": float((gap[k] / unit).square().mean().sqrt()),
             f"{name}_error": float((error / unit).square().mean().sqrt()),
-            f"{name}_errors": [
-                float((side.replicates()[:, k].square().sum(0).sqrt() / unit).square().mean().sqrt()) for side in (a, b)
-            ],
         }
     row["agree"] = all(row[f"{n}_z2"] < row[f"{n}_bound"] and row[f"{n}_error"] < SHARP for n in ("mean", "sd"))
     return row
 
 
-def reference(program: ppl.Program, directions: Tensor, rounds: int) -> tuple[dict[str, Any], Tensor]:
-    """Both sides, doubled until they agree; (side, 2, pixels) means and sds."""
-    start = time.process_time()
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    row: dict[str, Any] = {}
-    for k in range(rounds):
-        done = sum(len(f[0]) for f in found)
-        found.append(by_particles(program, directions, range(1000 + done, 1000 + RUNS * 2**k)))
-        first, second, log_evidence = (torch.cat(parts) for parts in zip(*found, strict=True))
-        a = Side(first, second, log_evidence.softmax(0))
-        b = by_sweeps(program, directions, SWEEPS * 2**k)
-        row = compared(a, b) | {"runs": len(a.weight), "runs_worth": a.ess, "sweeps": SWEEPS * 2**k}
-        print({n: round(v, 3) if isinstance(v, float) else v for n, v in row.items()}, flush=True)
-        if row["agree"]:
-            break
-    both = torch.stack([side.moments()[:, : len(directions)] for side in (a, b)])
-    return row | {"cpu": time.process_time() - start}, torch.stack([both[:, 0], both[:, 1].exp()], 1)
+@dataclass(frozen=True)
+class Case:
+    """One task on one digit, with what is stored of it."""
+
+    name: str
+    index: int
+    path: Path
+
+    def rows(self, label: str) -> list[dict[str, Any]]:
+        """Stored rows of a backend, oldest first."""
+        return [
+            r
+            for r in results.read(self.path)
+            if (r["task"], r["index"], r["backend"]) == (self.name, self.index, label)
+        ]
+
+    def extend(self, label: str, runs: int) -> None:
+        """Make the runs that are missing."""
+        truth, program, generator = problem(models.load("digits8x8"), self.name, self.index)
+        directions = directions_of(truth, generator)
+        for seed in range(1000 + len(self.rows(label)), 1000 + runs):
+            row = one_run(program, engines()[label], directions, seed)
+            results.append(self.path, row | {"task": self.name, "index": self.index, "backend": label, "seed": seed})
+            said = f"log Z {row['log_evidence']:.2f}, root ESS {row['root_ess']:.1f}, {row['cpu']:.0f} s"
+            print(f"{self.index} {self.name} {label} {seed}: {said}", flush=True)
+
+    def agreement(self) -> dict[str, Any]:
+        """Of the pair."""
+        return compared(*(Side.of(self.rows(label)) for label in PAIR))
+
+    def reference(self) -> Tensor:
+        """(2, features) means and sds, halfway between both."""
+        mean, log_sd = torch.stack([Side.of(self.rows(label)).moments() for label in PAIR]).mean(0)
+        return torch.stack([mean, log_sd.exp()])
+
+    def score(self, label: str, backend: Any) -> None:
+        """Moments of one backend's draws, unless they are stored."""
+        if self.rows(f"score {label}"):
+            return
+        truth, program, _ = problem(models.load("digits8x8"), self.name, self.index)
+        x = draw(program, backend, self.index).flatten("x").reshape(DRAWS, truth.numel()).double()
+        row = {"mean": x.mean(0).tolist(), "sd": x.std(0).tolist()}
+        results.append(
+            self.path,
+            row | {"task": self.name, "index": self.index, "backend": f"score {label}", "settings": repr(backend)},
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="8 runs of each side, doubled until they agree")
     parser.add_argument("--tasks", nargs="*", default=list(LINEAR), choices=LINEAR)
+    parser.add_argument("--laws", nargs="*", default=[], help="other ways back, RUNS runs of each (one of chains)")
     parser.add_argument("--results", type=Path, default=Path("runs/learned_reference.jsonl"))
     parser.add_argument("--show", action="store_true", help="print what is stored, run nothing")
     parser.add_argument("--costly", action="store_true", help="score MomentMatching too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    prior = models.load("digits8x8")
     for index in range(0 if options.show else options.problems):
         for name in options.tasks:
-            rows = [r for r in results.read(options.results) if (r["task"], r["index"]) == (name, index)]
-            truth, program, generator = problem(prior, name, index)
-            directions = directions_of(truth, generator)
-            known = [r for r in rows if r["backend"] == "reference"]
-            if not known:
-                print(name, index, flush=True)
-                row, moments = reference(program, directions, options.rounds)
-                known = [row | {"task": name, "index": index, "backend": "reference", "moments": moments.tolist()}]
-                results.append(options.results, known[0])
-            sides = torch.tensor(known[0]["moments"], dtype=torch.float64)
+            case = Case(name, index, options.results)
+            for k in range(options.rounds):
+                for label in PAIR:
+                    case.extend(label, RUNS * 2**k)
+                row = case.agreement()
+                print({n: round(v, 3) if isinstance(v, float) else v for n, v in row.items()}, flush=True)
+                if row["agree"]:
+                    break
+            for label in options.laws:
+                case.extend(label, 1 if engines()[label].chains > 1 else RUNS)
             for label, backend in backends(name).items():
-                if (label == "MomentMatching" and not options.costly) or label in {r["backend"] for r in rows}:
-                    continue
-                x = draw(program, backend, index).flatten("x").reshape(DRAWS, -1).double()
-                row = {
-                    "mean_error": [float((x.mean(0) - mean).norm() / sd.norm()) for mean, sd in sides],
-                    "sd_ratio": [float(x.std(0).norm() / sd.norm()) for _, sd in sides],
-                }
-                results.append(options.results, row | {"task": name, "index": index, "backend": label})
-    show(results.read(options.results))
+                if label != "MomentMatching" or options.costly:
+                    case.score(label, backend)
+    show(options.results)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Agreement of the two sides, and the score of every backend."""
-    print("\n| task | problem | mean: z^2 / bound, gap, s.e. | sd: z^2 / bound, gap, s.e. | runs (worth), sweeps | |")
-    print("|---|---|---|---|---|---|")
-    for r in rows:
-        if r["backend"] == "reference":
-            parts = [
-                f"{r[f'{n}_z2']:.2f} / {r[f'{n}_bound']:.2f}, {r[f'{n}_gap']:.2f}, {r[f'{n}_error']:.2f}"
-                for n in ("mean", "sd")
-            ]
-            lengths = f"{r['runs']} ({r['runs_worth']:.1f}), {r['sweeps']}"
-            print(f"| {r['task']} | {r['index']} | {parts[0]} | {parts[1]} | {lengths} | {AGREE[r['agree']]} |")
-    for k, side in enumerate(("particles", "sweeps")):
-        print(f"\nagainst {side}\n\n| backend | {' | '.join(LINEAR)} |\n|---|{'---|' * len(LINEAR)}")
-        for label in dict.fromkeys(r["backend"] for r in rows if r["backend"] != "reference"):
-            cells = []
-            for name in LINEAR:
-                mine = [r for r in rows if (r["task"], r["backend"]) == (name, label)]
-                if not mine:
-                    cells.append("-")
-                    continue
-                error = sum(r["mean_error"][k] for r in mine) / len(mine)
-                ratio = math.exp(sum(math.log(r["sd_ratio"][k]) for r in mine) / len(mine))
-                cells.append(f"{error:.2f}, {ratio:.2f} ({len(mine)})")
-            print(f"| {label} | {' | '.join(cells)} |")
+def show(path: Path) -> None:
+    """Agreement of the pair, distance of other laws from it, and the score of every backend."""
+    rows = results.read(path)
+    known = {(r["task"], r["index"]) for r in rows if r["backend"] == PAIR[1]}
+    cases = [
+        Case(name, index, path) for index in sorted({i for _, i in known}) for name in LINEAR if (name, index) in known
+    ]
+    print("\n| task | digit | means: z^2 / bound, gap, s.e. | sds: z^2 / bound, gap, s.e. | runs, worth | root ESS | |")
+    print("|---|---|---|---|---|---|---|")
+    for case in cases:
+        sides = [case.rows(label) for label in PAIR]
+        worth = " and ".join(f"{len(s)}, {Side.of(s).ess:.1f}" for s in sides)
+        roots = " and ".join(f"{sum(r['root_ess'] for r in s) / len(s):.1f}" for s in sides)
+        row = case.agreement()
+        print(f"| {case.name} | {case.index} | {_gaps(row)} | {worth} | {roots} | {AGREE[row['agree']]} |")
+    print("\nother ways back through the network, against DDSMC with 50 levels\n")
+    for case in cases:
+        for label in engines():
+            if label not in PAIR and case.rows(label):
+                row = compared(Side.of(case.rows(label)), Side.of(case.rows(PAIR[1])))
+                print(f"| {case.name} | {case.index} | {label} | {_gaps(row)} |")
+    print(f"\n| backend | {' | '.join(LINEAR)} |\n|---|{'---|' * len(LINEAR)}")
+    labels = dict.fromkeys(r["backend"] for r in rows if r["backend"].startswith("score "))
+    agreed = [case for case in cases if case.agreement()["agree"]]
+    for label in labels:
+        cells = []
+        for name in LINEAR:
+            found = [_score(case, label) for case in agreed if case.name == name and case.rows(label)]
+            error, ratio = (sum(part) / len(found) for part in zip(*found, strict=True)) if found else (math.nan,) * 2
+            cells.append(f"{error:.2f}, {math.exp(ratio):.2f}" if found else "-")
+        print(f"| {label.removeprefix('score ')} | {' | '.join(cells)} |")
+
+
+def _gaps(row: dict[str, Any]) -> str:
+    return " | ".join(
+        f"{row[f'{n}_z2']:.1f} / {row[f'{n}_bound']:.1f}, {row[f'{n}_gap']:.2f}, {row[f'{n}_error']:.2f}"
+        for n in ("mean", "sd")
+    )
+
+
+def _score(case: Case, label: str) -> tuple[float, float]:
+    """Distance of the mean in total sds, and log of the ratio of total sds."""
+    row = case.rows(label)[-1]
+    found = torch.tensor([row["mean"], row["sd"]], dtype=torch.float64)
+    mean, sd = case.reference()[:, : found.shape[1]]
+    return float((found[0] - mean).norm() / sd.norm()), float((found[1].norm() / sd.norm()).log())
 
 
 if __name__ == "__main__":
