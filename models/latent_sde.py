@@ -28,6 +28,7 @@ from torch.nn.functional import softplus
 from inverse.paths.factors import Factors
 from models.controlled_path import Control, ControlledPath, Sight
 from ppl.errors import OptionError, ShapeError
+from sde.fractional import check_hurst
 from sde.increments import BrownianNoise, Noise
 from sde.markov import MarkovNoise
 from sde.path import Path
@@ -156,6 +157,10 @@ class LatentSDE(nn.Module):
                 f"expected 0 < frame_step <= horizon, diffusion > 0 and sigma > 0, got {frame_step}, {horizon}, "
                 f"{diffusion} and {sigma}"
             )
+        if isinstance(hurst, str) and hurst != "learn":
+            raise OptionError(f"hurst must be a number, 'learn' or None (Brownian motion), got {hurst!r}")
+        if hurst is not None and hurst != "learn":
+            check_hurst(hurst)
         self.encoder, self.decoder, self.latent, self.horizon = encoder, decoder, latent, horizon
         self.frame_step, self.substeps, self.content, self.factors = frame_step, substeps, content, factors
         self.learns_hurst = hurst == "learn"

@@ -264,6 +264,10 @@ def test_errors_say_what_to_do() -> None:
         small().forecast(torch.zeros(3, 4, 1, dtype=torch.float64), 0)
     with pytest.raises(OptionError, match="frame_step"):
         LatentSDE(SeriesEncoder(1, 1), first, 1, 0.1, frame_step=0.2)
+    with pytest.raises(OptionError, match="'learn' or None"):
+        small("rough")
+    with pytest.raises(ValueError, match="must lie in"):
+        small(1.2)
     with pytest.raises(ValueError, match="horizon"):
         small().bound(torch.zeros(3, 30, 1, dtype=torch.float64))
     with pytest.raises(OptionError, match="cooldown"):
