@@ -23,6 +23,7 @@ from sde.increments import Increments, starts_random
 from sde.mixture import GaussianMixture
 from sde.prior import can_look
 from sde.process import Process
+from sde.recursion import Recursion
 
 __all__ = ["Path"]
 
@@ -41,6 +42,9 @@ class Path(TorchDistribution):
         dt: longest step; None takes one step from time to time.
         checkpoint_steps: store the state every so many steps and compute the rest again in the backward pass, which
             bounds memory for long paths. None stores everything.
+        compile: run pieces of ten steps through `torch.compile`: faster where the drift is a small network, for some
+            ten seconds of compilation at the first call with each shape, by a C++ compiler that must be there. Traces
+            and transforms run as they are; gradients go once, not twice. Results differ by rounding.
 
     Raises:
         ValueError: times that do not increase or leave the horizon, shapes that do not fit, a drift that is not finite.
@@ -64,6 +68,7 @@ class Path(TorchDistribution):
         start: float = 0.0,
         dt: float | None = None,
         checkpoint_steps: int | None = None,
+        compile: bool = False,
         validate_args: bool | None = None,
     ) -> None:
         times = torch.as_tensor(times)
@@ -80,13 +85,8 @@ class Path(TorchDistribution):
         dtype = times.dtype if times.is_floating_point() else torch.get_default_dtype()
         initial = torch.as_tensor(initial, dtype=initial.dtype if isinstance(initial, Tensor) else dtype)
         self.initial = initial if initial.ndim else initial[None]
-        self.process, self.times, self.start, self.dt, self.checkpoint_steps = (
-            process,
-            times,
-            start,
-            dt,
-            checkpoint_steps,
-        )
+        self.process, self.times, self.start, self.dt = process, times, start, dt
+        self.checkpoint_steps, self.recursion = checkpoint_steps, Recursion(process, compile)
         grid, self.ends = _grid(start, known, dt)
         self.increments = Increments(process.noise, grid)
         self.noises = process.size(self.initial.shape[-1])
@@ -181,45 +181,29 @@ class Path(TorchDistribution):
         """X after every step of the grid: (*batch, m, steps) increments of the noise -> (*batch, steps, d)."""
         batch = torch.broadcast_shapes(increments.shape[:-2], self.initial.shape[:-1])
         x = self.initial.expand(*batch, -1).to(increments.dtype)
+        times, dt = (constant(part, x).to(x) for part in (self.increments.grid[:-1], self.increments.dt))
         if not self.checkpoint_steps or not torch.is_grad_enabled():
-            return self._follow(x, increments, 0)
-        parts: list[Tensor] = []
-        for first in range(0, self.steps, self.checkpoint_steps):
-            piece = increments[..., first : first + self.checkpoint_steps]
-            parts.append(checkpoint(self._follow, x, piece, first, use_reentrant=False))
-            x = parts[-1][..., -1, :]
-        return torch.cat(parts, -2)
-
-    def _follow(self, x: Tensor, increments: Tensor, first: int) -> Tensor:
-        """Steps from number `first` on."""
-        process, inc = self.process, self.increments
-        times, dts = constant(inc.grid, x).to(x), inc.dt.tolist()
-        if not callable(process.drift) and not callable(process.diffusion):  # nothing depends on the state: a sum
-            g = process.g(x, times[0])
-            moves = increments.mT @ g.mT if process.general else increments.mT * g[..., None, :]
-            dt = constant(inc.dt[first : first + increments.shape[-1]], x).to(x)
-            return x[..., None, :] + (process.f(x, times[0])[..., None, :] * dt[:, None] + moves).cumsum(-2)
+            return self.recursion(x, increments, times, dt)
         found: list[Tensor] = []
-        if not callable(process.diffusion) and not process.general:  # the noise's part of all steps at once
-            moves = increments * process.g(x, times[0])[..., None]
-            for n, move in enumerate(moves.unbind(-1), first):
-                x = torch.add(x + move, process.f(x, times[n]), alpha=dts[n])
-                found.append(x)
-            return torch.stack(found, -2)
-        for n, increment in enumerate(increments.unbind(-1), first):
-            x = process.step(x, times[n], dts[n], increment)
-            found.append(x)
-        return torch.stack(found, -2)
+        for first in range(0, self.steps, self.checkpoint_steps):
+            part = slice(first, first + self.checkpoint_steps)
+            found.append(
+                checkpoint(self.recursion, x, increments[..., part], times[part], dt[part], use_reentrant=False)
+            )
+            x = found[-1][..., -1, :]
+        return torch.cat(found, -2)
 
     # The distribution.
 
     def expand(self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None) -> Path:
         """Independent paths over batch_shape."""
         shape = Size(batch_shape)
-        return Path(
+        new = Path(
             self.process, self.times, self.initial.expand(*shape, -1), start=self.start, dt=self.dt,
             checkpoint_steps=self.checkpoint_steps, validate_args=False,
         )  # fmt: skip
+        new.recursion = self.recursion  # with what is compiled
+        return new
 
     def draw(self, shape: Size | tuple[int, ...] = (), generator: torch.Generator | None = None) -> Tensor:
         """(*shape, *batch, n, d) draws from an explicit generator; None takes torch's global one.

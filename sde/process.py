@@ -56,7 +56,8 @@ class Process:
 
     def f(self, x: Tensor, t: Tensor) -> Tensor:
         """The drift at x and t, (*batch, d)."""
-        return _evaluate(self.drift, x, t).expand_as(x)
+        value = _evaluate(self.drift, x, t)
+        return value if value.shape == x.shape else value.expand_as(x)
 
     def g(self, x: Tensor, t: Tensor) -> Tensor:
         """The diffusion at x and t, (*batch, d), or (*batch, d, m) in general."""
