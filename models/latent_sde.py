@@ -23,10 +23,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from inverse.paths.factors import Factors
 from models.controlled_path import Control, ControlledPath, Sight
+from models.latent_encoding import Encoding, divergence, moments
 from ppl.errors import OptionError, ShapeError
 from sde.fractional import check_hurst
 from sde.increments import BrownianNoise, Noise
@@ -34,15 +34,7 @@ from sde.markov import MarkovNoise
 from sde.path import Path
 from sde.process import Process
 
-__all__ = ["Bound", "Encoding", "Forecast", "LatentSDE", "SeriesEncoder"]
-
-
-class Encoding(NamedTuple):
-    """What an encoder reads off a batch of series."""
-
-    context: Tensor  # (batch, frames, context), seen by the control
-    start: Tensor  # (batch, 2 latent), location and raw scale of X_0 in units of its prior
-    content: Tensor | None = None  # (batch, 2 content), likewise for w
+__all__ = ["Bound", "Forecast", "LatentSDE"]
 
 
 class Bound(NamedTuple):
@@ -70,28 +62,6 @@ class Decoder(Protocol):
         ...
 
 
-class SeriesEncoder(nn.Module):
-    """An encoder of series of vectors: a recurrent network from both ends.
-
-    Args:
-        observed: numbers in a frame.
-        latent: coordinates of X.
-        width: units of the network; the context has twice as many.
-    """
-
-    def __init__(self, observed: int, latent: int, width: int = 32) -> None:
-        super().__init__()
-        self.context = 2 * width
-        self.recur = nn.GRU(observed, width, batch_first=True, bidirectional=True)
-        self.start = nn.Linear(2 * width, 2 * latent)
-        nn.init.zeros_(self.start.weight)
-
-    def forward(self, y: Tensor) -> Encoding:
-        """Read (batch, frames, observed)."""
-        context, _ = self.recur(y)
-        return Encoding(context, self.start(context[:, 0]))
-
-
 class LatentSDE(nn.Module):
     """A latent process of a series, its posterior and its decoder; `fit` learns all of them together.
 
@@ -117,6 +87,7 @@ class LatentSDE(nn.Module):
         OptionError: an option is out of range.
 
     Example:
+        >>> from models.latent_encoding import SeriesEncoder
         >>> model = LatentSDE(SeriesEncoder(1, 2), lambda x, w: x[..., :1], latent=2, horizon=2.0, hurst="learn")
         >>> y = torch.zeros(3, 8, 1)
         >>> model.bound(y, torch.Generator().manual_seed(0)).value.shape
@@ -250,13 +221,13 @@ class LatentSDE(nn.Module):
         if y.ndim < 3 or y.shape[1] < 2:
             raise ShapeError(f"expected series (batch, frames, *frame) of two frames or more, got {tuple(y.shape)}")
         found: Encoding = self.encoder(y)
-        loc, scale = _moments(found.start)
+        loc, scale = moments(found.start)
         start = self.start_loc + self.start_log_scale.exp() * (loc + scale * _normal(loc, loc.shape, generator))
         if not self.content:
             return found, start, None
         if found.content is None:
             raise ShapeError(f"the encoder must give the content as well, (batch, {2 * self.content}), got None")
-        loc, scale = _moments(found.content)
+        loc, scale = moments(found.content)
         return found, start, loc + scale * _normal(loc, loc.shape, generator)
 
     def bound(
@@ -283,8 +254,8 @@ class LatentSDE(nn.Module):
         states, half, log_ratio = self._walk(start, eps, self._given(found.context), times, hold)
         mean = self.decoder(states[:, :: self.substeps], content)
         log_likelihood = dist.Normal(mean, self.log_sigma.exp()).log_prob(y).flatten(1).sum(1)
-        path, first = log_ratio if pathwise else half, _divergence(found.start)
-        fixed = torch.zeros_like(first) if found.content is None else _divergence(found.content)
+        path, first = log_ratio if pathwise else half, divergence(found.start)
+        fixed = torch.zeros_like(first) if found.content is None else divergence(found.content)
         return Bound(log_likelihood - path - first - fixed, log_likelihood, path, first, fixed)
 
     @torch.no_grad()
@@ -356,24 +327,12 @@ class LatentSDE(nn.Module):
         times = self.times(y.shape[1]) if times is None else times
         found: Encoding = self.encoder(y)
         with pyro.plate("series", len(y)):
-            loc, scale = _moments(found.start)
+            loc, scale = moments(found.start)
             unit = self.start_log_scale.exp()
             start = pyro.sample("start", dist.Normal(self.start_loc + unit * loc, unit * scale).to_event(1))
             if found.content is not None:
-                pyro.sample("content", dist.Normal(*_moments(found.content)).to_event(1))
+                pyro.sample("content", dist.Normal(*moments(found.content)).to_event(1))
             pyro.sample("x", ControlledPath(self.path(start, times), self.control, self._given(found.context)))
-
-
-def _moments(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Location and scale from what an encoder gives; zeros are the standard normal."""
-    loc, scale = raw.chunk(2, -1)
-    return loc, softplus(scale + math.log(math.e - 1))
-
-
-def _divergence(raw: Tensor) -> Tensor:
-    """KL from the standard normal, (batch,)."""
-    loc, scale = _moments(raw)
-    return (0.5 * (loc.square() + scale.square() - 1) - scale.log()).sum(-1)
 
 
 def _normal(like: Tensor, shape: torch.Size | tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -61,7 +61,7 @@ class LatentFit:
         config: options.
 
     Example:
-        >>> from models.latent_sde import SeriesEncoder
+        >>> from models.latent_encoding import SeriesEncoder
         >>> model = LatentSDE(SeriesEncoder(1, 1), lambda x, w: x, latent=1, horizon=1.0, hurst=None)
         >>> fit = LatentFit(model, lambda g: torch.randn(4, 5, 1, generator=g), FitConfig(steps=3))
         >>> fit.run().shape

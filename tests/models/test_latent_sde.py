@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import inverse
 import ppl
 from models.controlled_path import ControlledPath
-from models.latent_sde import Encoding, LatentSDE, SeriesEncoder
+from models.latent_encoding import Encoding, SeriesEncoder
+from models.latent_sde import LatentSDE
 from models.latent_training import FitConfig, LatentFit
 from ppl.errors import CapabilityError, CheckpointError, NotFiniteError, OptionError, ShapeError
 from sde import MarkovNoise, Path, Process
