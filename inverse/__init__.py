@@ -21,6 +21,7 @@ from inverse.guides import (
 from inverse.likelihood import Likelihood, read_likelihood
 from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
 from inverse.particles import DDSMC, FPSSMC, MCGdiff, MomentClosure, NoiseAndReturn, NuisanceSMC, TwistedSMC
+from inverse.paths import GuidedParticleFilter, ParticleGibbs, ParticleGibbsKernel
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
 from inverse.samplers import (
@@ -66,6 +67,7 @@ __all__ = [
     "FreeDoMGuide",
     "GaussianLikelihood",
     "Guided",
+    "GuidedParticleFilter",
     "GuidedSampler",
     "LGDGuide",
     "Likelihood",
@@ -77,6 +79,8 @@ __all__ = [
     "NoiseAndReturn",
     "NuisanceSMC",
     "ParallelTempering",
+    "ParticleGibbs",
+    "ParticleGibbsKernel",
     "PiGDM",
     "PiGDMGuide",
     "PnPDM",

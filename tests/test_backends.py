@@ -15,11 +15,12 @@ from torch import Tensor
 
 import inverse
 import ppl
+from inverse.paths import Uncontrolled
 from models.references import gaussian_problem
 from ppl.backend import registered
 from ppl.errors import OptionError
 from ppl.testing import check_backend
-from sde import GaussianMixture
+from sde import GaussianMixture, MarkovNoise, Path, Process
 
 F64 = torch.float64
 
@@ -49,6 +50,30 @@ def two_sites() -> ppl.Program:
     def model(y: Tensor) -> None:
         a, b = (pyro.sample(n, p) for n, p in zip("ab", priors, strict=True))
         pyro.sample("y", dist.Normal(a + b[..., :2], 0.3).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+def path() -> ppl.Program:
+    """A linear path of a noise that starts from hidden factors, seen at every time."""
+    process = Process(lambda x, t: -x, 1.0, MarkovNoise(0.7, 1.0, "I", 2))
+    law = Path(process, torch.tensor([0.3, 0.6, 1.0], dtype=F64), torch.zeros(1, dtype=F64))
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x[:, 0], 0.5).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0, 0.4], dtype=F64), compile="never")
+
+
+def path_of_unknown_rate() -> ppl.Program:
+    """A path in steps smaller than its times, whose rate is to be found."""
+    times = torch.tensor([0.4, 1.0], dtype=F64)
+
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(torch.zeros((), dtype=F64), 0.5))
+        x = pyro.sample("x", Path(Process(lambda x, t: -rate * x), times, torch.ones(1, dtype=F64), dt=0.2))
+        pyro.sample("y", dist.Normal(x[:, 0], 0.5).to_event(1), obs=y)
 
     return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
 
@@ -114,9 +139,16 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "EllipticalSlice": [(ppl.EllipticalSlice(warmup=4), gaussian)],
     "Exact": [(inverse.Exact(), linear)],
     "FPSSMC": [(inverse.FPSSMC(steps=4, particles=12, runs=2), linear)],
-    "Gibbs": [(ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain)],
+    "Gibbs": [
+        (ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
+        (ppl.Gibbs({("x",): inverse.ParticleGibbsKernel(particles=3)}, warmup=3), path),
+    ],
     "GuidedSampler": [
         (inverse.GuidedSampler(inverse.PiGDMGuide(), inverse.TwistedSMC().solver, steps=4), linear),
+    ],
+    "GuidedParticleFilter": [
+        (inverse.GuidedParticleFilter(runs=2), path),
+        (inverse.GuidedParticleFilter(particles=8, threshold=1.0, runs=2, control=Uncontrolled()), path),
     ],
     "FreeDoM": [(inverse.FreeDoM(steps=4, travel_repeats=2), linear), (inverse.FreeDoM(4, "alpha"), linear)],
     "HMC": [
@@ -144,6 +176,10 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(1), steps=8)), linear),
     ],
     "NuisanceSMC": [(inverse.NuisanceSMC(steps=3, particles=12, runs=2, moves=1), unknown_noise)],
+    "ParticleGibbs": [
+        (inverse.ParticleGibbs(particles=3, warmup=3), path),
+        (inverse.ParticleGibbs(particles=3, warmup=3, thin=2, control=Uncontrolled()), path_of_unknown_rate),
+    ],
     "Pathfinder": [(ppl.Pathfinder(paths=3, steps=8), plain)],
     "PiGDM": [(inverse.PiGDM(steps=4), linear)],
     "PnPDM": [
@@ -193,8 +229,9 @@ def test_contract(backend: Any, program: Callable[[], ppl.Program]) -> None:
     check_backend(backend, program())
 
 
+NOT_OF_SITES = ("NuisanceSMC", "GuidedParticleFilter", "ParticleGibbs")
 ON_SITES = [
-    n for n, cases in CASES.items() if type(cases[0][0]).__module__.startswith("inverse") and n != "NuisanceSMC"
+    n for n, cases in CASES.items() if type(cases[0][0]).__module__.startswith("inverse") and n not in NOT_OF_SITES
 ]
 
 

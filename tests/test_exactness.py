@@ -34,11 +34,14 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "EllipticalSlice": ("in_the_limit", ("draws",), ()),
     "Exact": ("always", (), ("linear_gaussian_likelihood",)),
     "FPSSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
+    # Held in tests/inverse/paths/test_path_contract.py and test_particle_gibbs.py, on linear paths.
+    "GuidedParticleFilter": ("in_the_limit", ("particles",), ()),
     "HMC": ("in_the_limit", ("draws",), ()),
     "MCGdiff": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
     "MomentMatching": ("never", (), ("gaussian_prior", "linear_gaussian_likelihood")),
     "NUTS": ("in_the_limit", ("draws",), ()),
     "ParallelTempering": ("in_the_limit", ("draws", "denoise_steps", "nodes"), ("linear_gaussian_likelihood",)),
+    "ParticleGibbs": ("in_the_limit", ("draws",), ()),
     # Held in tests/inverse/particles/test_nuisance.py, by quadrature over the parameter.
     "NuisanceSMC": ("in_the_limit", ("particles", "steps"), ("linear_gaussian_likelihood",)),
     # Held in tests/ppl/test_importance.py, test_laplace.py and smc/test_smc.py, by conjugate evidence and posteriors.

@@ -14,11 +14,13 @@ from torch import Tensor
 import inverse
 import ppl
 from inverse.operators import Dense
+from inverse.paths import Uncontrolled
+from inverse.paths.testing import check_path_backend
 from ppl.backend import registered
 from ppl.diagnostics import ess_of, z_bound
 from ppl.errors import DataError
 from ppl.testing import check_backend
-from sde import GaussianMixture
+from sde import GaussianMixture, MarkovNoise, Path, Process
 from sde.solvers import DPMSolver2MSDE
 
 F64 = torch.float64
@@ -91,10 +93,43 @@ def summary(posterior: ppl.Posterior) -> tuple[Tensor, Tensor]:
     return values.mean((0, 1)), values.std((0, 1)) / size.sqrt()
 
 
+def path_problem(device: str) -> ppl.Program:
+    """A linear path of three times on one device, its noise started from hidden factors."""
+    process = Process(lambda x, t: -x, 1.0, MarkovNoise(0.7, 1.0, "I", 2))
+    times = torch.tensor([0.3, 0.6, 1.0], dtype=F64, device=device)
+    path = Path(process, times, torch.zeros(1, dtype=F64, device=device))
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", path)
+        pyro.sample("y", dist.Normal(x[:, 0], 0.5).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0, 0.4], dtype=F64, device=device), compile="never")
+
+
+PATH_CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "GuidedParticleFilter": (inverse.GuidedParticleFilter, 2000, 1),
+    "GuidedParticleFilter(Uncontrolled)": (
+        lambda: inverse.GuidedParticleFilter(control=Uncontrolled()),
+        2000,
+        1,
+    ),
+    "ParticleGibbs": (lambda: inverse.ParticleGibbs(8, control=Uncontrolled(), warmup=10), 20, 64),
+}
+
+
 def test_every_backend_of_diffusion_priors_has_a_case() -> None:
     """Two are left out: one draws other sites as well, and a network trained twice is not one law."""
     ours = {n for n, c in registered().items() if c.__module__.partition(".")[0] == "inverse"}
-    assert ours - {n.partition("(")[0] for n in CASES} == {"AmortisedDenoiser", "NuisanceSMC"}
+    assert ours - {n.partition("(")[0] for n in (*CASES, *PATH_CASES)} == {"AmortisedDenoiser", "NuisanceSMC"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PATH_CASES)
+def test_engines_of_paths_agree_with_the_exact_posterior_on_cuda(name: str) -> None:
+    """False alarm 1e-4 for each."""
+    make, draws, chains = PATH_CASES[name]
+    posterior = check_path_backend(make(), path_problem("cuda"), draws=draws, chains=chains)
+    assert posterior["x"].device.type == "cuda"
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import inverse
 import ppl
+import sde
 from models.references import gaussian_problem
 
 F64 = torch.float64
@@ -46,6 +47,17 @@ def plain() -> ppl.Program:
     return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
 
 
+def path() -> ppl.Program:
+    process = sde.Process(lambda x, t: torch.sin(x), 1.0, sde.MarkovNoise(0.7, 1.0, "I", 2))
+    law = sde.Path(process, torch.tensor([0.3, 0.6, 1.0], dtype=F64), torch.zeros(1, dtype=F64))
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x[:, 0], 0.5).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0, 0.4], dtype=F64), compile="never")
+
+
 # Name -> (backend, program).
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
@@ -54,9 +66,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "DistributionTransformer": (lambda: ppl.DistributionTransformer(2, 8, 2, 1, 8, steps=40, batch=4), plain),
     "EllipticalSlice": (lambda: ppl.NoiseSpace(ppl.EllipticalSlice(warmup=4)), linear),
     "Gibbs": (lambda: ppl.Gibbs({("mu",): ppl.HMCKernel(), ("scale",): ppl.SliceKernel()}, warmup=4), plain),
+    "GuidedParticleFilter": (lambda: inverse.GuidedParticleFilter(particles=8, runs=2, threshold=1.0), path),
     "HMC": (lambda: ppl.HMC(warmup=20, max_steps=8), plain),
     "MomentMatching": (lambda: inverse.MomentMatching(steps=6), linear),
     "NUTS": (lambda: ppl.NUTS(warmup=10), plain),
+    "ParticleGibbs": (lambda: inverse.ParticleGibbs(particles=3, warmup=4), path),
     "SVI": (lambda: ppl.SVI(guide=ppl.FullRank(), steps=12), plain),
     "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
     "TwistedSMC on many problems": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), many),
