@@ -117,10 +117,9 @@ class SpectralKernel:
         d = gaussian.data.double()
         missed = d - self.data.svd.from_spectral_data(self.data.svd.to_spectral_data(d))
         scale = self.tau.double().log() + 0.5 * math.log(2 * math.pi)
-        own = (-1,) if isinstance(problem, LaneProblem) else ()
-        self.constant = (
-            gaussian.log_normaliser.double() - 0.5 * missed.reshape(len(missed), -1).square().sum(own) + scale.sum(-1)
-        )
+        squares = missed.square()
+        lost = squares.reshape(len(squares), -1).sum(1) if isinstance(problem, LaneProblem) else squares.sum()
+        self.constant = gaussian.log_normaliser.double() - 0.5 * lost + scale.sum(-1)
         # Variance c^2 of the prior's steps, by level, and the share of x that they keep; 0 in the last.
         self.variance = [self.noise_variance(float(a), float(b)) for a, b in pairwise(sigmas)]
 
