@@ -58,7 +58,8 @@ class Variational:
 
     Args:
         steps: of Adam; 0 keeps the mode.
-        lr: its learning rate, for the mean in units of theta and for the log of the spread.
+        lr: its learning rate at the start, for the mean in units of theta and for the log of the spread; it falls to a
+            tenth.
         draws: of v for each step.
 
     Raises:
@@ -103,7 +104,8 @@ class Variational:
                     inverse = torch.cholesky_inverse(root)
                     square = (inverse * q.covariance).sum((-2, -1)) + ((off @ inverse) * off).sum(-1)
                 (grad,) = torch.autograd.grad((loss + 0.5 * (square - q.log_det)).sum(), at)
-            theta, first, second = adam(theta, first, second, k + 1, -grad, self.lr)
+            rate = self.lr * (1 - 0.9 * k / self.steps)
+            theta, first, second = adam(theta, first, second, k + 1, -grad, rate)
         return unpack(theta.detach())
 
 

@@ -111,6 +111,7 @@ class CoordinateAscent(FitDoor):
             bound = -law.kl(prior) - (form.expected(q) + law.expected_kl(q.mean, q.covariance, q.log_det)).sum()
             monitor.check_finite("evidence bound", bound, step)
             history.append(float(bound))
+            monitor.cost.add(likelihood_evals=total)
             monitor.report(elbo=history[-1])
             now = torch.tensor(history, dtype=torch.float64)
             monitor.checkpoint(step + 1, {"mean": law.mean, "scale": law.scale, "history": now})

@@ -287,6 +287,7 @@ class _Ascent:
             law, sigma = self._law(theta)
             fixed = None if sigma is None else sigma.detach()
             form = options.local(hierarchy, law, points, fixed, generator)
+            monitor.check_finite("quadratic fit of the episodes", form.natural, step)
             local = close(form, law.mean, law.precision())
             if options.expectation == "quadratic":
                 loss = form.expected(local)

@@ -1,0 +1,227 @@
+"""Local posteriors in closed form, adaptation to new episodes and predictions, against exact answers."""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from gaussian_reference import F, episodes, hierarchy
+
+from models.meta import (
+    SGLD,
+    Bernoulli,
+    Categorical,
+    ClosedForm,
+    CoordinateAscent,
+    Episodes,
+    Fisher,
+    FittedMeta,
+    Gaussian,
+    GaussNewton,
+    Hierarchy,
+    Likelihood,
+    NormalInverseGamma,
+    NormalInverseWishart,
+    Points,
+    Variational,
+    adapt,
+    mlp,
+)
+from models.meta.local import Quadratic, close
+from ppl.errors import DataError, OptionError
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def fitted(likelihood: Likelihood, sizes: list[int], full: bool = False, df: float = 12.0) -> FittedMeta:
+    """A hierarchy whose law is its prior: what is tested here needs no training."""
+    network = mlp(sizes)
+    network.module.double()
+    kind = NormalInverseWishart if full else NormalInverseGamma
+    prior = kind.around(network.start, 20.0, df, 0.5)
+    model = Hierarchy(network, likelihood, prior)
+    return FittedMeta(model, prior, None, GaussNewton(steps=8), "draw", 20.0, torch.zeros(0))
+
+
+def points(inputs: int = 1, outputs: int | None = None) -> Points:
+    x = torch.randn(3, 6, inputs, generator=seeded(), **F)
+    y = x[..., 0] + 0.3 if outputs is None else torch.randint(outputs, (3, 6), generator=seeded())
+    return Points(x, y.double() if outputs == 1 else y, torch.ones(3, 6, dtype=torch.bool))
+
+
+# Closed form ----------------------------------------------------------------------------------------------------------
+
+
+def test_few_rows_are_the_dense_posterior() -> None:
+    """Woodbury's identity: mean, variance, determinant, trace and covariance of draws, with d = 5 and q = 3."""
+    root, natural = torch.randn(2, 3, 5, generator=seeded(), **F), torch.randn(2, 5, generator=seeded(), **F)
+    mean, precision = torch.randn(5, generator=seeded(), **F), torch.tensor([0.5, 1.0, 2.0, 4.0, 0.1], **F)
+    form = Quadratic(natural, None, root, torch.zeros(2, **F))
+    thin, dense = close(form, mean, precision), close(form, mean, torch.diag(precision))
+    covariance = torch.linalg.inv(root.mT @ root + torch.diag(precision))
+    exact = torch.einsum("bij,bj->bi", covariance, natural + precision * mean)
+    for local in (thin, dense):
+        assert torch.allclose(local.mean, exact)
+        assert torch.allclose(local.variance, covariance.diagonal(dim1=-2, dim2=-1))
+        assert torch.allclose(local.log_det, torch.logdet(covariance))
+        assert torch.allclose(local.trace(root), ((root.mT @ root) * covariance).sum((-2, -1)))
+        draws = local.draw(40_000, seeded()) - local.mean
+        found = torch.einsum("sbi,sbj->bij", draws, draws) / len(draws)
+        scale = local.variance.sqrt()
+        error = (found - covariance) / (scale[:, :, None] * scale[:, None]) * math.sqrt(len(draws) / 2)
+        assert float(error.abs().max()) < 5
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "sizes", "outputs"),
+    [(Bernoulli(), [2, 1], 1), (Categorical(), [2, 4, 3], 3)],
+    ids=["logistic", "net"],
+)
+def test_gauss_newton_ends_at_the_mode(likelihood: Likelihood, sizes: list[int], outputs: int) -> None:
+    """The slope of l_i + (theta - m_0)' P (theta - m_0) / 2 vanishes at m_i, for labels too; convergence is linear."""
+    fit, data = fitted(likelihood, sizes), points(2, outputs)
+    law = fit.law
+    local = close(GaussNewton(steps=60)(fit.hierarchy, law, data, None, seeded()), law.mean, law.precision())
+
+    def slope(theta: torch.Tensor) -> float:
+        at = theta.clone().requires_grad_()
+        total = fit.hierarchy.losses(at, data) + 0.5 * (law.precision() * (at - law.mean).square()).sum(-1)
+        (found,) = torch.autograd.grad(total.sum(), at)
+        return float(found.abs().max())
+
+    assert slope(local.mean) < 1e-4 * slope(law.mean.expand(3, -1))
+
+
+def test_probes_estimate_the_diagonal() -> None:
+    """Hutchinson's estimate of the Fisher diagonal approaches that of the Gauss-Newton root."""
+    fit, data = fitted(Categorical(), [2, 3]), points(2, 3)
+    form = Fisher(steps=1, lr=1e-9, probes=4000)(fit.hierarchy, fit.law, data, None, seeded())
+    root = GaussNewton(steps=1)(fit.hierarchy, fit.law, data, None, seeded()).root
+    assert form.diagonal is not None
+    assert root is not None
+    exact = root.square().sum(-2)
+    assert torch.allclose(form.diagonal, exact, rtol=5 * math.sqrt(2 / 4000), atol=1e-6)
+
+
+def test_langevin_moments_are_those_of_the_likelihood() -> None:
+    """For y ~ N(theta, 1/4): the iterates' mean is y and 1 / A their variance, 1/4 / (1 - step A / 8)."""
+    model, data = hierarchy(), episodes().points
+    step, steps = 0.1, 2000
+    form = SGLD(steps=steps, burnin=100, step=step)(model, model.prior, data, None, seeded())
+    assert form.diagonal is not None
+    worth = steps * (step * 4 / 2) / 2
+    variance = 0.25 / (1 - step * 4 / 4)
+    centre = (form.natural / form.diagonal)[:, 0]
+    assert float((centre - data.y[:, 0]).abs().max()) < 5 * math.sqrt(variance / worth)
+    assert float((1 / form.diagonal / variance - 1).abs().max()) < 5 * math.sqrt(2 / worth)
+
+
+def test_langevin_precision_is_bounded() -> None:
+    model = hierarchy()
+    form = SGLD(steps=3, step=1e-9, precision_max=7.0)(model, model.prior, episodes().points, None, seeded())
+    assert form.diagonal is not None
+    assert float(form.diagonal.max()) == 7.0
+
+
+# Adaptation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_published_steps_approach_their_optimum(full: bool) -> None:
+    """E_v l + KL(v || N(m_0, Sigma*)) for a line: N(V (B'y/s^2 + P m_0), V), its diagonal where v is diagonal."""
+    fit = fitted(Gaussian(0.5), [1, 1], full)
+    data = points()
+    found = adapt(fit, data, Variational(steps=800, lr=0.02, draws=8), seeded()).local
+    mode, covariance = fit.law.mode()
+    precision = torch.linalg.inv(covariance) if full else torch.diag(1 / covariance)
+    form = GaussNewton(steps=1)(fit.hierarchy, fit.law, data, None, seeded())
+    exact = close(form, mode, precision)
+    assert torch.allclose(found.mean, exact.mean, atol=0.05)
+    if full:
+        assert torch.allclose(found.covariance, exact.covariance, atol=0.01)
+    else:
+        inverse = torch.linalg.inv(exact.covariance).diagonal(dim1=-2, dim2=-1)
+        assert torch.allclose(found.variance * inverse, torch.ones(3, 2, **F), atol=0.15)
+
+
+def test_no_steps_keep_the_mode() -> None:
+    fit = fitted(Gaussian(0.5), [1, 1])
+    local = adapt(fit, points(), Variational(steps=0)).local
+    mode, covariance = fit.law.mode()
+    assert torch.allclose(local.mean, mode.expand(3, 2))
+    assert torch.allclose(local.variance, covariance.expand(3, 2))
+
+
+def test_closed_form_is_the_posterior_of_training() -> None:
+    """Adapting to a training episode gives the q_i of coordinate ascent."""
+    fit = CoordinateAscent().fit(hierarchy().program(episodes()))
+    local = adapt(fit, episodes(), ClosedForm()).local
+    precision = float(fit.law.precision())
+    exact = (4 * episodes().y_support[:, 0] + precision * fit.law.mean) / (4 + precision)
+    assert torch.allclose(local.mean[:, 0], exact)
+    assert torch.allclose(local.variance, torch.full((12, 1), 1 / (4 + precision), **F))
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linearised", [False, True])
+def test_predictions_of_a_line_are_normal(linearised: bool) -> None:
+    """Log density, cumulative probability and mean against the exact normal; 20000 draws, errors below 2 %."""
+    fit, data = fitted(Gaussian(0.5), [1, 1]), points()
+    adapted = adapt(fit, data)
+    x, y = torch.tensor([[[0.5], [-2.0]]] * 3, **F), torch.tensor([[0.4, -1.5]] * 3, **F)
+    found = adapted.predict(x, 20_000, seeded(), linearised=linearised)
+    row = torch.cat([x, torch.ones_like(x)], -1)
+    spread = torch.einsum("bpi,bij,bpj->bp", row, adapted.local.covariance, row)
+    exact = dist.Normal((row @ adapted.local.mean[..., None])[..., 0], (spread + 0.25).sqrt())
+    assert torch.allclose(found.mean, exact.mean, atol=0.02)
+    assert torch.allclose(found.log_prob(y), exact.log_prob(y), atol=0.03)
+    assert torch.allclose(found.cdf(y), exact.cdf(y), atol=0.02)
+
+
+def test_predicted_classes_are_probabilities() -> None:
+    fit, data = fitted(Categorical(), [2, 5, 3]), points(2, 3)
+    found = adapt(fit, data).predict(data.x, 50, linearised=True)
+    assert torch.allclose(found.mean.sum(-1), torch.ones(3, 6, **F))
+    assert torch.allclose(found.log_prob(data.y), found.mean.gather(-1, data.y[..., None])[..., 0].log())
+    with pytest.raises(OptionError, match="classes"):
+        found.cdf(data.y)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_prior_predictive_is_students_t(full: bool) -> None:
+    """Draws of mu, Sigma, theta have the closed-form law: Mahalanobis distances have their cumulative probability.
+
+    For two coordinates P(r^2 < c) = 1 - (1 + c / f)^(-f / 2), f degrees of freedom; false alarm 1e-6.
+    """
+    fit = fitted(Gaussian(1.0), [1, 1], full)
+    draws = fit.prior_draws(20_000, seeded())
+    law = fit.prior_predictive()
+    if full:
+        freedom = float(fit.law.df) - 1
+        white = torch.linalg.solve_triangular(law.scale_tril, (draws - law.loc).mT, upper=False)
+        for level in (0.3, 1.5, 4.0):
+            exact = 1 - (1 + level / freedom) ** (-freedom / 2)
+            share = float((white.square().sum(0) < level).double().mean())
+            assert abs(share - exact) < 5 * math.sqrt(exact * (1 - exact) / len(draws))
+    else:
+        normal = law.base_dist
+        freedom = float(fit.law.df)
+        white = (draws - normal.loc) / normal.scale
+        exact = freedom / (freedom - 2)
+        error = (white.square().mean(0) - exact) / (white.square().std(0) / math.sqrt(len(draws)))
+        assert float(error.abs().max()) < 5
+
+
+def test_bad_options_of_adaptation() -> None:
+    with pytest.raises(OptionError, match="steps"):
+        Variational(steps=-1)
+    with pytest.raises(OptionError, match="draws"):
+        adapt(fitted(Gaussian(0.5), [1, 1]), points()).predict(points().x, 0)
+    with pytest.raises(DataError, match="empty support"):
+        Episodes(torch.ones(1, 0, 1), torch.ones(1, 0))
