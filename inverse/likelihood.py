@@ -149,7 +149,7 @@ def diffusion_sites(program: Program) -> list[str]:
 def _law(fn: Any) -> Any:
     """A site's distribution; of a linear path, its Gaussian law."""
     base = unwrap(fn)
-    return base.gaussian() if "path" in base.capabilities else base
+    return base.gaussian() if {"path", "condition_linear"} <= base.capabilities else base
 
 
 def read_likelihood(program: Program, site: str | None = None, given: Mapping[str, Tensor] | None = None) -> Likelihood:

@@ -83,6 +83,7 @@ class ControlGuide(Steered):
     around: LinearControl | Literal["linear"] | None = field(default=None, repr=False)
     context: torch.nn.Module | None = field(default=None, repr=False)
     data: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False, compare=False, kw_only=True)
+    near: bool = field(default=False, repr=False, compare=False, kw_only=True)
     remarks: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)
     rounds: int = field(default=1, repr=False, kw_only=True)
 
@@ -118,6 +119,7 @@ class ControlGuide(Steered):
         remark = None if data is None else coarse_steps(path, *data)
         return replace(
             self, path=path, places=places, own=own, program=program, data=data, rounds=1 if path.is_linear else ROUNDS,
+            near=self.around is not None and layout.dim == path.noise_shape.numel(),
             remarks=() if remark is None else (remark,),
         )  # fmt: skip
 

@@ -61,7 +61,7 @@ class Ascent:
         self.updates = torch.zeros((), dtype=torch.int64)
         self.average = torch.zeros_like(self.theta)
         self.history = torch.full((options.steps,), math.nan, dtype=torch.float64, device=program.device)
-        self.near = start is not None and int(start.optimizer["updates"]) > 0
+        self.near = getattr(guide, "near", False) or (start is not None and int(start.optimizer["updates"]) > 0)
         self.natural = options.natural and flat.dim <= getattr(guide, "natural_limit", -1)
         if start is not None:
             self._continue(start)

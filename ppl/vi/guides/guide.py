@@ -26,7 +26,8 @@ class Guide(Protocol):
     A guide may also offer `bind(layout)`, or `bind(layout, program)` with a true `reads_program`, when it needs the
     places of the sites or the program; its parameters then hold the learned ones of the program under "program.". Also
     `log_prob_each(params, z) -> (lanes, dim)`, when its coordinates are independent, and
-    `rsample_and_cost(params, noise, path=...)`, draws and what the bound subtracts where that is not log q itself.
+    `rsample_and_cost(params, noise, path=...)`, draws and what the bound subtracts where that is not log q itself; and
+    a true `near`, when it starts so near the posterior that the score term of log q only adds noise.
     """
 
     def init(self, dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
