@@ -7,8 +7,9 @@ relaxed:  mu_j | s_j ~ N(m_j, s_j / l),   1 / s_j ~ Gamma(n / 2, V_j / 2)   for 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Self
 
 import pyro.distributions as dist
 import torch
@@ -25,8 +26,6 @@ __all__ = [
     "kl_inverse_wishart",
     "multivariate_digamma",
 ]
-
-L = TypeVar("L", bound="GlobalLaw")
 
 
 def multivariate_digamma(a: Tensor, dim: int) -> Tensor:
@@ -90,79 +89,98 @@ def kl_inverse_gamma(df: Tensor, scale: Tensor, other_df: Tensor, other_scale: T
     )
 
 
-class GlobalLaw(Protocol):
-    """The law of mu and Sigma, a prior or a variational posterior; tensors may carry gradients."""
+@dataclass(frozen=True, eq=False)
+class GlobalLaw(ABC):
+    """The law of mu and Sigma, a prior or a variational posterior; its numbers may carry gradients.
 
-    @property
-    def mean(self) -> Tensor:
-        """(d,) m."""
-        ...
+    Args:
+        mean: (d,) m.
+        count: l, pseudo-episodes that the mean is worth.
+        df: n, degrees of freedom.
+        scale: V: (d, d), or (d,) where coordinates are independent.
+    """
 
-    @property
-    def count(self) -> Tensor:
-        """0-d, l."""
-        ...
+    mean: Tensor
+    count: Tensor
+    df: Tensor
+    scale: Tensor
 
-    @property
-    def df(self) -> Tensor:
-        """0-d, n."""
-        ...
+    def __post_init__(self) -> None:
+        mean = self.mean
+        if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.ndim != 1 or not len(mean):
+            raise ShapeError(f"mean is a floating vector (d,), one number for each coordinate of theta, got {mean!r}")
+        for name in ("count", "df", "scale"):
+            value = torch.as_tensor(getattr(self, name), dtype=mean.dtype, device=mean.device)
+            object.__setattr__(self, name, value)
+        if not (bool(torch.isfinite(self.count)) and float(self.count) > 0):
+            raise OptionError(f"count (lambda_0) is a number of pseudo-episodes and must be positive, got {self.count}")
+        self._check()
 
-    @property
-    def scale(self) -> Tensor:
-        """V: (d, d), or (d,) where coordinates are independent."""
-        ...
+    @classmethod
+    def around(cls, mean: Tensor, count: float, df: float, variance: float) -> Self:
+        """The law about a mean whose expected precision is 1 / variance for every coordinate.
+
+        Args:
+            mean: (d,), such as `network.start`.
+            count: l, pseudo-episodes that the mean is worth.
+            df: n, pseudo-episodes that the variance is worth; above d - 1 for the full law.
+            variance: of a coordinate of theta between episodes.
+        """
+        one = cls._unit(mean)
+        return cls(mean, mean.new_tensor(count), mean.new_tensor(df), df * variance * one)
 
     @property
     def dim(self) -> int:
         """Number of coordinates of theta."""
-        ...
+        return len(self.mean)
 
+    def replaced(self, mean: Tensor, count: Tensor, df: Tensor, scale: Tensor) -> Self:
+        """A law of this kind with other numbers, unchecked: they are right by construction."""
+        law = object.__new__(type(self))
+        for name, value in (("mean", mean), ("count", count), ("df", df), ("scale", scale)):
+            object.__setattr__(law, name, value)
+        return law
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Raise for numbers that this kind cannot have."""
+
+    @staticmethod
+    @abstractmethod
+    def _unit(mean: Tensor) -> Tensor:
+        """The scale whose coordinates are independent and one."""
+
+    @abstractmethod
     def precision(self) -> Tensor:
         """E[Sigma^-1]: (d, d), or (d,) where coordinates are independent."""
-        ...
 
+    @abstractmethod
     def expected_kl(self, mean: Tensor, covariance: Tensor, log_det: Tensor) -> Tensor:
         """E KL(N(m_i, V_i) || N(mu, Sigma)): means (b, d), V_i (b, d, d) or its diagonal (b, d), log |V_i| -> (b,)."""
-        ...
 
+    @abstractmethod
     def kl(self, prior: GlobalLaw) -> Tensor:
         """KL of this law from another of its kind, 0-d."""
-        ...
 
+    @abstractmethod
     def mode(self) -> tuple[Tensor, Tensor]:
         """mu and Sigma at the joint mode."""
-        ...
 
+    @abstractmethod
     def predictive(self) -> dist.TorchDistribution:
         """The law of theta of a new episode: Student's t."""
-        ...
 
-    def updated(self: L, total: float, mean: Tensor, scatter: Tensor) -> L:
+    @abstractmethod
+    def updated(self, total: float, mean: Tensor, scatter: Tensor) -> Self:
         """This law after `total` vectors theta_i of which mean and scatter are known; see `NormalInverseWishart`."""
-        ...
 
-    def replaced(self: L, mean: Tensor, count: Tensor, df: Tensor, scale: Tensor) -> L:
-        """A law of this kind with other numbers, unchecked."""
-        ...
-
+    @abstractmethod
     def sample(self, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws of mu (draws, d) and of Sigma^-1, (draws, d, d) or its diagonal (draws, d)."""
-        ...
-
-
-def _numbers(law: GlobalLaw) -> None:
-    """Turn counts into tensors, and check what both kinds have in common."""
-    if not isinstance(law.mean, Tensor) or not law.mean.is_floating_point() or law.mean.ndim != 1 or not len(law.mean):
-        raise ShapeError(f"mean is a floating vector (d,), one number for each coordinate of theta, got {law.mean!r}")
-    for name in ("count", "df"):
-        object.__setattr__(law, name, torch.as_tensor(getattr(law, name), dtype=law.mean.dtype, device=law.mean.device))
-    if not (bool(torch.isfinite(law.count)) and float(law.count) > 0):
-        raise OptionError(f"count (lambda_0) is a number of pseudo-episodes and must be positive, got {law.count}")
 
 
 @dataclass(frozen=True, eq=False)
-class NormalInverseWishart:
+class NormalInverseWishart(GlobalLaw):
     """The full law: Sigma has all correlations; for few coordinates.
 
     Args:
@@ -182,13 +200,7 @@ class NormalInverseWishart:
         tensor([2.2493])
     """
 
-    mean: Tensor
-    count: Tensor
-    df: Tensor
-    scale: Tensor
-
-    def __post_init__(self) -> None:
-        _numbers(self)
+    def _check(self) -> None:
         d = self.dim
         if self.scale.shape != (d, d):
             raise ShapeError(f"scale must be ({d}, {d}) for a mean of {d} coordinates, got {tuple(self.scale.shape)}")
@@ -202,28 +214,9 @@ class NormalInverseWishart:
         if not symmetric or int(torch.linalg.cholesky_ex(self.scale.detach()).info):
             raise OptionError("scale must be symmetric and positive definite; give a covariance matrix times df")
 
-    @property
-    def dim(self) -> int:
-        """Number of coordinates of theta."""
-        return len(self.mean)
-
-    @classmethod
-    def around(cls, mean: Tensor, count: float, df: float, variance: float) -> NormalInverseWishart:
-        """The law about a mean whose expected precision is 1 / variance for every coordinate.
-
-        Args:
-            mean: (d,), such as `network.start`.
-            count: l, pseudo-episodes that the mean is worth.
-            df: n, pseudo-episodes that the variance is worth, above d - 1.
-            variance: of a coordinate of theta between episodes.
-        """
-        number = mean.new_tensor
-        scale = df * variance * torch.eye(len(mean)).to(mean)
-        return cls(mean, number(count), number(df), scale)
-
-    def replaced(self, mean: Tensor, count: Tensor, df: Tensor, scale: Tensor) -> NormalInverseWishart:
-        """See `GlobalLaw`."""
-        return _unchecked(NormalInverseWishart, mean, count, df, scale)
+    @staticmethod
+    def _unit(mean: Tensor) -> Tensor:
+        return torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
 
     def precision(self) -> Tensor:
         """See `GlobalLaw`."""
@@ -293,7 +286,7 @@ class NormalInverseWishart:
 
 
 @dataclass(frozen=True, eq=False)
-class NormalInverseGamma:
+class NormalInverseGamma(GlobalLaw):
     """The relaxation: every coordinate of theta has a mean and a variance of its own; any df above 0, any dimension.
 
     Args:
@@ -312,14 +305,8 @@ class NormalInverseGamma:
         (tensor(3.), torch.Size([1000]))
     """
 
-    mean: Tensor
-    count: Tensor
-    df: Tensor
-    scale: Tensor
-
-    def __post_init__(self) -> None:
-        _numbers(self)
-        scale = torch.as_tensor(self.scale, dtype=self.mean.dtype, device=self.mean.device)
+    def _check(self) -> None:
+        scale = self.scale
         if scale.ndim == 0:
             scale = scale.expand(self.dim).clone()
         object.__setattr__(self, "scale", scale)
@@ -330,28 +317,9 @@ class NormalInverseGamma:
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise OptionError(f"scale must be positive and finite, got a smallest value of {float(scale.min()):g}")
 
-    @property
-    def dim(self) -> int:
-        """Number of coordinates of theta."""
-        return len(self.mean)
-
-    @classmethod
-    def around(cls, mean: Tensor, count: float, df: float, variance: float) -> NormalInverseGamma:
-        """The law about a mean whose expected precision is 1 / variance for every coordinate.
-
-        Args:
-            mean: (d,), such as `network.start`.
-            count: l, pseudo-episodes that the mean is worth.
-            df: n, pseudo-episodes that the variance is worth.
-            variance: of a coordinate of theta between episodes.
-        """
-        number = mean.new_tensor
-        scale = df * variance * torch.ones_like(mean)
-        return cls(mean, number(count), number(df), scale)
-
-    def replaced(self, mean: Tensor, count: Tensor, df: Tensor, scale: Tensor) -> NormalInverseGamma:
-        """See `GlobalLaw`."""
-        return _unchecked(NormalInverseGamma, mean, count, df, scale)
+    @staticmethod
+    def _unit(mean: Tensor) -> Tensor:
+        return torch.ones_like(mean)
 
     def precision(self) -> Tensor:
         """See `GlobalLaw`."""
@@ -409,11 +377,3 @@ def bartlett(law: NormalInverseWishart, draws: int, generator: torch.Generator) 
 def precision_root(scale: Tensor) -> Tensor:
     """Lower triangular C with C C' = scale^-1: Sigma^-1 = C A A' C' is Wishart(n, V^-1) for Bartlett's A."""
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(scale)))
-
-
-def _unchecked(kind: type[L], mean: Tensor, count: Tensor, df: Tensor, scale: Tensor) -> L:
-    """A law made inside, whose numbers are right by construction and may carry gradients."""
-    law = object.__new__(kind)
-    for name, value in (("mean", mean), ("count", count), ("df", df), ("scale", scale)):
-        object.__setattr__(law, name, value)
-    return law
