@@ -84,6 +84,8 @@ class MarkovNoise:
                 f"a grid is (lowest, highest) rate times horizon, 0 < lowest <= highest, got {self.grid!r}"
             )
         if not callable(self.hurst):
+            if not isinstance(self.hurst, Tensor | float | int):
+                raise ValueError(f"hurst must be a number, a tensor or a function of times, got {self.hurst!r}")
             check_hurst(self.hurst)
             self._check_error()
 
@@ -106,6 +108,37 @@ class MarkovNoise:
                 f"rate times horizon, leaves {float(best.relative_error(order, best.weights(order))):.2f}; more "
                 "factors leave less; max_error allows more"
             )
+
+    def check(self, start: float, end: float, noises: int, device: torch.device) -> None:
+        """Refuse what a path from `start` to `end` on that many noises cannot use.
+
+        Raises:
+            ValueError: Hurst indices of another shape, outside (0, 1) at some time, or that the grid misses; a horizon
+                so much longer than the path that its weights miss the process over the path.
+        """
+        if callable(self.hurst):
+            times = torch.linspace(start, end, 5, dtype=torch.float64, device=device)
+            value = torch.as_tensor(self.hurst(times)).detach()
+            if value.shape != times.shape:
+                raise ValueError(
+                    f"a Hurst index that depends on time maps times of shape {tuple(times.shape)} to as many indices, "
+                    f"got shape {tuple(value.shape)}"
+                )
+            if can_look(value):
+                replace(self, hurst=value)
+            return
+        value = torch.as_tensor(self.hurst)
+        if value.ndim and value.shape[-1] != noises:
+            raise ValueError(f"{noises} noises need one Hurst index or {noises}, got shape {tuple(value.shape)}")
+        if 0 < end < self.horizon / 2 and self.fitted is None and can_look(value):
+            with torch.no_grad():
+                error = float(self.relative_error(until=end).max())
+            if error > self.max_error:
+                raise ValueError(
+                    f"the noise was approximated for a horizon of {self.horizon:g}, and over {end:g}, where the path "
+                    f"ends, its relative error is {error:.2f}, at most {self.max_error} is allowed; give "
+                    f"MarkovNoise(..., horizon={end:g})"
+                )
 
     @property
     def _has_zero(self) -> bool:
@@ -171,8 +204,12 @@ class MarkovNoise:
             found = found * unit_scale(hurst, self.kind)[..., None]
         return found.to(dtype or self.dtype)
 
-    def relative_error(self, times: Tensor | None = None) -> Tensor:
+    def relative_error(self, times: Tensor | None = None, *, until: float | None = None) -> Tensor:
         """sqrt(E int (B^H - B)^2 dt / E int (B^H)^2 dt) over the horizon, in closed form: (*hurst).
+
+        Args:
+            times: (steps,) where the index depends on time; None otherwise.
+            until: over (0, until) instead, with the weights of the whole horizon.
 
         Example:
             >>> paper = MarkovNoise(0.7, horizon=1.0, kind="I", factors=5, grid="paper", zero=False)
@@ -183,8 +220,12 @@ class MarkovNoise:
         weights = self.weights(times, dtype=torch.float64)
         if self.unit:
             weights = weights / unit_scale(hurst, self.kind)[..., None]
-        scaled = weights * (math.log(self.horizon) * (0.5 - hurst)).exp()[..., None]
-        return self._grid.relative_error(hurst + 0.5, scaled)
+        horizon = self.horizon if until is None else until
+        grid = (
+            self._grid if until is None else MarkovWeights(tuple((self.rates * until).tolist()), self.kind, self.ridge)
+        )
+        scaled = weights * (math.log(horizon) * (0.5 - hurst)).exp()[..., None]
+        return grid.relative_error(hurst + 0.5, scaled)
 
     def describe(self, dt: float | None = None) -> str:
         """What the approximation is and how far it is from the process, in words.

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sde.incomplete_gamma import Array, constant
 from sde.increments import Increments, starts_random
+from sde.markov import MarkovNoise
 from sde.mixture import GaussianMixture
 from sde.prior import can_look
 from sde.process import Process
@@ -73,10 +74,11 @@ class Path(TorchDistribution):
     ) -> None:
         times = torch.as_tensor(times)
         known = np.asarray(times.tolist(), dtype=np.float64)  # numpy() has no data where a transform is under way
-        if known.ndim != 1 or len(known) == 0 or not (np.diff(known, prepend=start) > 0).all():
+        increasing = known.ndim == 1 and len(known) > 0 and bool((np.diff(known, prepend=start) > 0).all())
+        if not increasing or not np.isfinite([start, known[-1]]).all():
             raise ValueError(
-                f"times must be strictly increasing and after the start at {start:g}, got {known.tolist()[:8]}; give "
-                "`start` the time of `initial`, and make repeated times one"
+                f"times must be finite, strictly increasing and after the start at {start:g}, got "
+                f"{known.tolist()[:8]}; give `start` the time of `initial`, and make repeated times one"
             )
         if dt is not None and not (math.isfinite(dt) and dt > 0):
             raise ValueError(f"dt must be positive, the longest step, got {dt!r}")
@@ -84,6 +86,7 @@ class Path(TorchDistribution):
             raise ValueError(f"checkpoint_steps must be a positive integer or None, got {checkpoint_steps!r}")
         dtype = times.dtype if times.is_floating_point() else torch.get_default_dtype()
         initial = torch.as_tensor(initial, dtype=initial.dtype if isinstance(initial, Tensor) else dtype)
+        initial = initial if initial.is_floating_point() else initial.to(dtype)
         self.initial = initial if initial.ndim else initial[None]
         self.process, self.times, self.start, self.dt = process, times, start, dt
         self.checkpoint_steps, self.recursion = checkpoint_steps, Recursion(process, compile)
@@ -93,6 +96,8 @@ class Path(TorchDistribution):
         batch = self.initial.shape[:-1]
         if can_look(self.initial):
             process.check(self.initial, self.initial.new_tensor(start), float(known[-1]))
+            if isinstance(process.noise, MarkovNoise):
+                process.noise.check(start, float(known[-1]), self.noises, self.initial.device)
         super().__init__(batch, Size((len(times), self.initial.shape[-1])), validate_args=validate_args)
 
     @property
@@ -173,8 +178,9 @@ class Path(TorchDistribution):
 
     def from_noise(self, z: Tensor) -> Tensor:
         """The path of standard normal numbers, differentiable: (*batch, noise) -> (*batch, n, d)."""
-        increments = self.increments(*self.split_noise(z))
-        x = self.follow(increments)
+        if z.shape[-1:] != self.noise_shape:
+            raise ValueError(f"driving numbers must end in {tuple(self.noise_shape)}, got shape {tuple(z.shape)}")
+        x = self.follow(self.increments(*self.split_noise(z)))
         return x if len(self.ends) == self.steps else x[..., torch.from_numpy(self.ends).to(x.device), :]
 
     def follow(self, increments: Tensor) -> Tensor:
@@ -185,11 +191,9 @@ class Path(TorchDistribution):
         if not self.checkpoint_steps or not torch.is_grad_enabled():
             return self.recursion(x, increments, times, dt)
         found: list[Tensor] = []
-        for first in range(0, self.steps, self.checkpoint_steps):
-            part = slice(first, first + self.checkpoint_steps)
-            found.append(
-                checkpoint(self.recursion, x, increments[..., part], times[part], dt[part], use_reentrant=False)
-            )
+        parts = (whole.split(self.checkpoint_steps, -1) for whole in (increments, times, dt))
+        for part in zip(*parts, strict=True):
+            found.append(checkpoint(self.recursion, x, *part, use_reentrant=False))
             x = found[-1][..., -1, :]
         return torch.cat(found, -2)
 
@@ -209,19 +213,39 @@ class Path(TorchDistribution):
         """(*shape, *batch, n, d) draws from an explicit generator; None takes torch's global one.
 
         Raises:
-            ValueError: a path that leaves the finite numbers, with its time.
+            ValueError: a path that leaves the finite numbers, with the time and the state before.
         """
         z = torch.randn(
             *shape, *self.batch_shape, *self.noise_shape, generator=generator, dtype=self.dtype, device=self.device
         )
         x = self.from_noise(z)
         if can_look(x) and not bool(x.isfinite().all()):
-            bad = (~x.isfinite()).any(-1).reshape(-1, len(self.times)).any(0).nonzero()[0, 0]
-            raise ValueError(
-                f"the path is not finite at time {float(self.times[bad]):g}: the drift or the diffusion grows faster "
-                f"than steps of {float(self.increments.dt.max()):.3g} can follow; take a smaller dt"
-            )
+            raise ValueError(self.why_not_finite(z))
         return x
+
+    @torch.no_grad()
+    def why_not_finite(self, z: Tensor) -> str:
+        """What goes wrong first on the way from these driving numbers to a path that is not finite, in words."""
+        later = self.follow(self.increments(*self.split_noise(z)))
+        x = torch.cat([self.initial.expand_as(later[..., 0, :])[..., None, :].to(later), later], -2)
+        lost = (~x.isfinite()).any(-1).reshape(-1, self.steps + 1)
+        if not bool(lost.any()):
+            return "the path is finite"
+        n = int(lost.any(0).nonzero()[0, 0]) - 1
+        which, t = int(lost[:, n + 1].nonzero()[0, 0]), float(self.increments.grid[n])
+        state, now = x[..., n, :], x.new_tensor(t)
+        where = f"at time {t:g} and state {state.reshape(-1, x.shape[-1])[which, :8].tolist()}"
+        wider = f"; where states grow out of bounds, steps of {float(self.increments.dt.max()):.3g} may be too long"
+        f, g = self.process.f(state, now), self.process.g(state, now).expand(*state.shape, *self._columns)
+        for name, value in (("drift", f), ("diffusion", g)):
+            if not bool(value.reshape(-1, *value.shape[state.ndim - 1 :])[which].isfinite().all()):
+                return f"the {name} is not finite {where}{wider}"
+        return f"the path is not finite one step after it was {where}{wider}: take a smaller dt"
+
+    @property
+    def _columns(self) -> tuple[int, ...]:
+        """What a diffusion has beyond the shape of the state."""
+        return (self.noises,) if self.process.general else ()
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """(*sample_shape, *batch, n, d) differentiable draws from torch's global generator."""
@@ -241,6 +265,8 @@ class Path(TorchDistribution):
         Returns:
             (*batch, m, steps) and (*batch).
         """
+        if value.shape[-2:] != self.event_shape:
+            raise ValueError(f"a value must end in {tuple(self.event_shape)}, got shape {tuple(value.shape)}")
         before = torch.cat(
             [self.initial[..., None, :].expand(*value.shape[:-2], 1, -1).to(value), value[..., :-1, :]], -2
         )
@@ -248,6 +274,11 @@ class Path(TorchDistribution):
         times, dts = constant(self.increments.grid, value).to(value), self.increments.dt.tolist()
         for n, x in enumerate(before.unbind(-2)):
             g = self.process.g(x, times[n])
+            if can_look(g) and bool((g == 0).any()):
+                raise ValueError(
+                    f"the diffusion vanishes at time {float(times[n]):g}, where the path has no density; run the "
+                    "engine in noise space, ppl.NoiseSpace(engine)"
+                )
             increments.append((value[..., n, :] - x - self.process.f(x, times[n]) * dts[n]) / g)
             log_scale = log_scale + g.abs().log().sum(-1)
         return torch.stack(increments, -1), log_scale
@@ -256,7 +287,8 @@ class Path(TorchDistribution):
         """Log density of the discretised path, (*batch).
 
         Raises:
-            ValueError: steps between the times, or noises that coordinates share: then there is no closed form.
+            ValueError: steps between the times, or noises that coordinates share: then there is no closed form; a
+                value of another shape; a diffusion that vanishes.
         """
         if not self._has_density:
             raise ValueError(

@@ -51,6 +51,8 @@ class Process:
             raise ValueError(f"noise must be BrownianNoise() or a MarkovNoise, got {self.noise!r}")
         if self.sense not in ("ito", "stratonovich"):
             raise ValueError(f"sense must be 'ito' or 'stratonovich', got {self.sense!r}")
+        if self.noises is not None and not (isinstance(self.noises, int) and self.noises >= 1):
+            raise ValueError(f"noises must be a positive integer or None, got {self.noises!r}")
         if self.noises is not None and not self.general:
             raise ValueError(f"noises={self.noises} is for general=True; otherwise every coordinate has one noise")
 
@@ -84,7 +86,7 @@ class Process:
         return x + self.f(x, t) * dt + move
 
     def check(self, x: Tensor, t: Tensor, horizon: float) -> None:
-        """Refuse shapes that do not fit, a drift that is not finite, and times beyond the noise's horizon.
+        """Refuse shapes that do not fit, a drift or diffusion that is not finite, and times beyond the noise's horizon.
 
         Args:
             x: (*batch, d), where to look.
@@ -100,28 +102,40 @@ class Process:
                 f"times go to {horizon:g}, but the noise was approximated for a horizon of {limit:g}; give "
                 f"MarkovNoise(..., horizon={horizon:g})"
             )
-        drift = torch.as_tensor(_evaluate(self.drift, x, t))
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"the initial state must be finite, got {x.reshape(-1)[:8].tolist()}")
+        found = {"drift": _evaluate(self.drift, x, t), "diffusion": _evaluate(self.diffusion, x, t)}
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the {name} must return a tensor of the shape of x, {tuple(x.shape)}, got {value!r}")
+        drift, g = found.values()
         if drift.shape not in (x.shape, x.shape[-1:], torch.Size()):
             raise ValueError(f"the drift must have the shape of x, {tuple(x.shape)}, got {tuple(drift.shape)}")
-        g = torch.as_tensor(_evaluate(self.diffusion, x, t))
         if self.general:
-            if g.ndim < 2 or g.shape[-2:] != (x.shape[-1], self.size(x.shape[-1])):
-                expected = (x.shape[-1], self.size(x.shape[-1]))
-                raise ValueError(f"a general diffusion must end in {expected}, got shape {tuple(g.shape)}")
+            expected = (x.shape[-1], self.size(x.shape[-1]))
+            batches = zip(g.shape[-3::-1], x.shape[-2::-1], strict=False)
+            if g.shape[-2:] != expected or g.ndim > x.ndim + 1 or any(a not in (1, b) for a, b in batches):
+                raise ValueError(
+                    f"a general diffusion must be {expected}, with or without the batch {tuple(x.shape[:-1])} before "
+                    f"it, got shape {tuple(g.shape)}; noises= says how many columns there are"
+                )
         elif g.shape not in (x.shape, x.shape[-1:], torch.Size()):
             raise ValueError(
                 f"the diffusion must have the shape of x, {tuple(x.shape)}, got {tuple(g.shape)}; for a matrix set "
                 "general=True"
             )
-        if can_look(drift) and not bool(drift.isfinite().all()):
-            raise ValueError(f"the drift is not finite at time {float(t):g} and state {x.reshape(-1)[:8].tolist()}")
+        for name, value in found.items():
+            if can_look(value) and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"the {name} is not finite at time {float(t):g} and state {x.reshape(-1)[:8].tolist()}"
+                )
 
     def size(self, d: int) -> int:
         """m, how many noises drive d coordinates."""
         return d if self.noises is None else self.noises
 
 
-def _evaluate(coefficient: Any, x: Tensor, t: Tensor) -> Tensor:
+def _evaluate(coefficient: Any, x: Tensor, t: Tensor) -> Any:
     """A coefficient at x and t."""
     if callable(coefficient):
         return coefficient(x, t)

@@ -37,7 +37,7 @@ class Recursion:
 
     def __init__(self, process: Process, compile: bool = False) -> None:
         self.process, self._steps = process, _steps_of(process)
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compile:
             steps = _steps_of(process)
             # The compiler counts versions by code object, few for each: this one shares them with no other path.
@@ -64,33 +64,29 @@ class Recursion:
         moves = increments.movedim(-1, 0).contiguous()
         # Compiled code is for values: not for symbols of a trace, tangents or transforms.
         plain = self._compiled is None or not can_look(x, moves) or forward_ad._current_level >= 0
-        whole = 0 if plain else len(moves) // PIECE * PIECE
-        found: list[Tensor] = []
-        for first in range(0, whole, PIECE):
-            part = slice(first, first + PIECE)
-            assert self._compiled is not None
-            with warnings.catch_warnings():
-                # The compiler looks at the gradients of its inputs, of which those after the first piece have none.
-                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-                # One memory layout for every piece: each layout is another version.
-                found.append(self._compiled(x.contiguous(), moves[part], times[part], dt[part]))
-            x = found[-1][..., -1, :]
-        if len(moves) > whole:
-            found.append(self._steps(x, moves[whole:], times[whole:], dt[whole:]))
-        return found[0] if len(found) == 1 else torch.cat(found, -2)
+        if self._compiled is None or plain or len(moves) < PIECE:
+            return self._steps(x, moves, times, dt)[0]
+        x, found = x.contiguous(), []  # one memory layout for every piece: each layout is another version
+        with warnings.catch_warnings():
+            # The compiler looks at the gradients of its inputs, of which those after the first piece have none.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            for part in zip(moves.split(PIECE), times.split(PIECE), dt.split(PIECE), strict=True):
+                states, x = (self._compiled if len(part[0]) == PIECE else self._steps)(x, *part)
+                found.append(states)
+        return torch.cat(found, -2)
 
 
-def _steps_of(process: Process) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The loop over steps: x, increments (steps, *batch, m), times and lengths of steps -> (*batch, steps, d)."""
+def _steps_of(process: Process) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The loop over steps: x, increments (steps, *batch, m), times and lengths -> (*batch, steps, d) and the last."""
     ahead = not callable(process.diffusion) and not process.general  # the noise's part of all steps at once
 
-    def steps(x: Tensor, moves: Tensor, times: Tensor, dt: Tensor) -> Tensor:
+    def steps(x: Tensor, moves: Tensor, times: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
         if ahead:
             moves = moves * process.g(x, times[0])
         found: list[Tensor] = []
         for move, t, length in zip(moves.unbind(), times.unbind(), dt.unbind(), strict=True):
             x = torch.addcmul(x + move, process.f(x, t), length) if ahead else process.step(x, t, length, move)
             found.append(x)
-        return torch.stack(found, -2)
+        return torch.stack(found, -2), x
 
     return steps

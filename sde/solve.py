@@ -113,7 +113,8 @@ def solve_torchsde(
         (paths, n, d).
 
     Raises:
-        ValueError: rates that an explicit solver cannot follow in steps of dt, or a batch shape.
+        ValueError: rates that an explicit solver cannot follow in steps of dt, a dt that is not positive, a batch
+            shape.
 
     Example:
         >>> from sde import Process
@@ -127,6 +128,8 @@ def solve_torchsde(
         raise ValueError(
             f"solve_torchsde draws a path without a batch shape, got {tuple(path.batch_shape)}; give paths="
         )
+    if not (math.isfinite(dt) and dt > 0):
+        raise ValueError(f"dt must be positive, got {dt!r}")
     noise = path.process.noise
     fastest = float(noise.rates.max()) if noise.size else 0.0  # type: ignore[attr-defined]
     if fastest * dt > STABLE:

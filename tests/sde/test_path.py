@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,6 +18,7 @@ from sde.fractional import Kind
 from sde.increments import Increments
 
 DOUBLE = torch.float64
+ONE = torch.tensor([1.0])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -243,13 +245,44 @@ def test_hurst_index_and_path_in_one_program() -> None:
             lambda: Path(Process(0.0, torch.ones(2, 3)), torch.tensor([0.5]), torch.zeros(2)),
             "for a matrix set general=True",
         ),
-        (lambda: Path(Process(0.0, torch.ones(2), general=True), torch.tensor([0.5]), torch.zeros(2)), "must end in"),
+        (
+            lambda: Path(Process(0.0, torch.ones(2), general=True), torch.tensor([0.5]), torch.zeros(2)),
+            r"must be \(2, 2\)",
+        ),
+        (
+            lambda: Path(
+                Process(0.0, lambda x, t: torch.ones(7, 2, 3), general=True, noises=3), ONE, torch.zeros(6, 2)
+            ),
+            "batch",
+        ),
+        (lambda: Process(0.0, torch.ones(2, 3), general=True, noises=0), "noises must be a positive integer"),
+        (lambda: Path(Process(), torch.tensor([1.0, math.inf])), "must be finite"),
+        (lambda: Path(Process(), ONE, math.nan), "initial state must be finite"),
+        (lambda: Path(Process(lambda x, t: 1.0), ONE), "drift must return a tensor"),  # type: ignore[arg-type, return-value]
+        (lambda: Path(Process(0.0, lambda x, t: (x - 1).sqrt()), ONE), "diffusion is not finite at time 0 and state"),
+        (
+            lambda: Path(Process(), ONE).from_noise(torch.zeros(7)),
+            r"driving numbers must end in \(1,\), got shape \(7,\)",
+        ),
+        (lambda: Path(Process(), ONE).log_prob(torch.zeros(3, 1)), r"value must end in \(1, 1\), got shape \(3, 1\)"),
+        (lambda: Path(Process(lambda x, t: x, 0.0), ONE).log_prob(torch.ones(1, 1)), "diffusion vanishes at time 0"),
+        (
+            lambda: Path(Process(noise=MarkovNoise(torch.tensor([0.3, 0.7, 0.5]), 1.0)), ONE, torch.zeros(2)),
+            "2 noises need",
+        ),
+        (lambda: Path(Process(noise=MarkovNoise(lambda t: 0.5 + t, 1.0)), ONE), r"must lie in \(0, 1\)"),
+        (lambda: Path(Process(noise=MarkovNoise(lambda t: t[:2], 1.0)), ONE), "maps times of shape"),
+        (
+            lambda: Path(Process(noise=MarkovNoise(lambda t: 0.9 + 0 * t, 1.0, "I", 2, "paper", zero=False)), ONE),
+            r"predicted relative error .* leaves",
+        ),
+        (lambda: Path(Process(noise=MarkovNoise(0.9, 1e3, "I")), ONE), r"relative error is 1\.68.*horizon=1"),
         (lambda: Process(sense="kelvin"), "sense must be"),  # type: ignore[arg-type]
         (lambda: Process(noises=2), "noises=2 is for general=True"),
         (lambda: Process(noise=0.3), "noise must be BrownianNoise"),  # type: ignore[arg-type]
         (
             lambda: Path(Process(lambda x, t: x**3 * 1e3), torch.tensor([1.0]), 5.0, dt=0.1).sample(),
-            "not finite at time 1",
+            r"drift is not finite at time 0\.2 and state \[19.*steps of 0\.1 may be too long",
         ),
         (lambda: Path(Process(lambda x, t: -x), torch.tensor([1.0]), dt=0.1).log_prob(torch.zeros(1, 1)), "no density"),
         (lambda: Increments(BrownianNoise(), torch.tensor([0.0, 0.0])), "strictly increasing times"),
@@ -258,3 +291,66 @@ def test_hurst_index_and_path_in_one_program() -> None:
 def test_bad_input(call: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("what", ["drift", "diffusion"])
+def test_what_is_not_finite_on_the_way_is_named(what: str, general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the coefficients stop at time 0.5: the state named is that of the first such path, at the step before."""
+
+    def stops(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where((t > 0.45) & (x > 0.3), math.nan, 0.1 * torch.ones_like(x))
+
+    def matrix(x: Tensor, t: Tensor) -> Tensor:
+        return torch.diag_embed(stops(x, t))
+
+    parts: dict[str, Any] = {"drift": 0.1, "diffusion": 0.1 * torch.eye(2, dtype=DOUBLE) if general else 0.1}
+    parts[what] = matrix if general and what == "diffusion" else stops
+    path = Path(
+        Process(**parts, general=general),
+        torch.linspace(0.1, 1, 10, dtype=DOUBLE), torch.tensor([[0.0, 0.0], [0.3, 0.1]], dtype=DOUBLE), dt=0.05,
+    )  # fmt: skip
+    z = 0.1 * normal(3, 2, *path.noise_shape)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: z)
+    with pytest.raises(ValueError, match=f"the {what} is not finite at time 0.5 and state") as error:
+        path.draw((3,))
+    state = [float(v) for v in str(error.value).split("[")[1].split("]")[0].split(", ")]
+    at = path.from_noise(z)[..., 4, :].reshape(-1, 2)
+    first = at[(at > 0.3).any(-1)][0]
+    torch.testing.assert_close(torch.tensor(state, dtype=DOUBLE), first)
+
+
+def test_memory_of_a_gradient_is_bounded_by_checkpoints() -> None:
+    """Numbers that autograd keeps between the passes: a tenth, pieces' ends and noise included."""
+    steps, width = 400, 50
+    weight = torch.ones(1, width, dtype=DOUBLE, requires_grad=True)
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        return -torch.tanh(x @ weight).mean(-1, keepdim=True)
+
+    kept = {}
+    for every in (None, 20):
+        path = Path(Process(drift, 0.5), ONE.double(), 0.3, dt=1 / steps, checkpoint_steps=every)
+        seen: dict[int, int] = {}
+
+        def pack(saved: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // 8
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            path.from_noise(normal(8, *path.noise_shape)).square().mean()
+        kept[every] = sum(seen.values())
+    assert kept[None] > 8 * steps * width
+    assert kept[20] < 0.1 * kept[None]
+
+
+def test_error_over_part_of_the_horizon() -> None:
+    """The weights of the whole horizon are worse there than those made for it, and as bad as a noise that has them."""
+    noise = MarkovNoise(0.7, 1.0, "II", 4)
+    short = MarkovNoise(0.7, 0.05, "II", 4, grid=tuple(0.05 * noise.rates[[0, -1]]))
+    fitted = short.relative_error()
+    found = noise.relative_error(until=0.05)
+    assert float(fitted) < float(found) < 1
+    torch.testing.assert_close(noise.relative_error(until=1.0), noise.relative_error())
+    same = MarkovNoise(0.7, 0.05, "II", 4, grid=tuple(0.05 * noise.rates[[0, -1]]), fitted=noise.weights(dtype=DOUBLE))
+    torch.testing.assert_close(same.relative_error(), found)

@@ -37,7 +37,7 @@ def test_pieces_are_the_loop(kind: str, checkpoint_steps: int | None, monkeypatc
     calls = []
 
     def stand_in(steps: Any) -> Any:
-        def counted(x: Tensor, moves: Tensor, times: Tensor, dt: Tensor) -> Tensor:
+        def counted(x: Tensor, moves: Tensor, times: Tensor, dt: Tensor) -> Any:
             calls.append(len(moves))
             return steps(x, moves, times, dt)
 
@@ -81,7 +81,7 @@ def test_transforms_and_traces_do_not_meet_compiled_code(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_compiler_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients by input and network, with a network as drift and two processes beside each other."""
+    """Values and gradients by input and network, of two processes with a network as drift, and with checkpoints."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler here")
     monkeypatch.setattr(sde.recursion, "PIECE", 4)
@@ -89,12 +89,13 @@ def test_the_compiler_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for diffusion in (0.5, lambda x, t: 1 + 0.2 * torch.cos(t * x)):
         process = Process(lambda x, t: net(x) - t * x, diffusion)
         found = []
-        for c in (False, True):
-            path = make(process, compile=c)
+        for options in ({}, {"compile": True}, {"compile": True, "checkpoint_steps": 9}):
+            path = make(process, **options)
             z = torch.randn(3, *path.noise_shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 values = path.from_noise(z)
             x = path.from_noise(z.requires_grad_())
             found.append([values, x, *torch.autograd.grad(x.square().sum(), (z, *net.parameters()))])
-        for one, other in zip(*found, strict=True):
+        for one, other, again in zip(*found, strict=True):
+            torch.testing.assert_close(one, again, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
