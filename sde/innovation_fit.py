@@ -1,16 +1,16 @@
 r"""Weights of Ornstein-Uhlenbeck factors on a regular grid by what the innovations of fractional Gaussian noise see.
 
-The factors answer a unit of noise, m steps later, with an increment kappa_m = sum_k w_k b_km, b_k0 = g_k and
-b_km = -g_k (1 - l_k) l_k^(m-1), where Y_k+ = l_k Y_k + g_k eps. Increments of fractional Brownian motion of type I have
-a response of their own, psi, with |psi(e^iw)|^2 = 2 pi f(w). The weights minimise
+Factors that move by Y_k+ = l_k Y_k + g_k eps answer noise, in z = e^(-iw), with increments kappa = sum_k w_k b_k,
+b_k = g_k (1 - z) / (1 - l_k z). Increments of fractional Brownian motion of type I have a response of their own, psi,
+with |psi|^2 = 2 pi f. The weights minimise
 
-    sum_m (kappa / psi - 1)_m^2 / (1 + m / n),   over m < 4 n, the quotient one of power series:
+    int |kappa / psi - 1|^2 (1 + 1 / (n w)) dw:
 
-to second order the divergence between the two laws, for an increment. The process has a past before the record, which
-is why responses count that are longer than it.
+to second order the divergence between the two laws for an increment, and for a record of n, which sees every octave of
+frequencies below 1 / n as one number.
 
-With d = H - 1/2 and f(w) = |2 sin(w / 2)|^(-2d) f*(w), the inverse 1 / psi is the binomial series of (1 - z)^d times
-exp(-c(z)), c the half of the cepstrum of f* that looks back [derived].
+With d = H - 1/2 and f = |1 - z|^(-2d) f*, the inverse 1 / psi is (1 - z)^d e^(-c(z)), c the half of the cepstrum of f*
+that looks back [derived].
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from sde.incomplete_gamma import Array
 
 __all__ = ["innovation_weights", "whitener"]
 
-LENGTH = 4  # of the responses that are fitted, in records
+CEPSTRUM = 2048  # coefficients of a smooth function
+SLOWEST, POINTS = 1e-6, 600  # of the frequencies, even in log w, in turns of the record
 
 
 def innovation_weights(hurst: Array, decay: Array, gain: Array, steps: int, ridge: float = 1e-12) -> Array:
@@ -46,41 +47,33 @@ def innovation_weights(hurst: Array, decay: Array, gain: Array, steps: int, ridg
         >>> bool((abs(white - [1, 0]) < 1e-6).all())
         True
     """
-    lags = LENGTH * steps
-    powers = decay[:, None] ** np.arange(lags - 1)
-    responses = np.concatenate([gain[:, None], -(gain * (1 - decay))[:, None] * powers], 1)
-    weight = 1 / (1 + np.arange(lags) / steps)
+    w = np.geomspace(SLOWEST / steps, math.pi, POINTS)
+    change = 1 - np.exp(-1j * w)
+    responses = gain[:, None] * change / (1 - decay[:, None] + decay[:, None] * change)
+    weight = (w + 1 / steps) * np.where(np.isin(np.arange(POINTS), (0, POINTS - 1)), 0.5, 1.0)
     found = []
-    for inverse in whitener(hurst, lags):
-        seen = _product(inverse, responses)
-        normal = (weight * seen) @ seen.T
+    for inverse in whitener(hurst, w):
+        seen = responses * inverse
+        normal, right = ((weight * seen) @ seen.conj().T).real, (weight * seen).sum(1).real
         scale = normal.diagonal() ** -0.5
         scaled = scale[:, None] * normal * scale + ridge * np.eye(len(scale))
-        found.append(scale * np.linalg.solve(scaled, scale * seen[:, 0]))
+        found.append(scale * np.linalg.solve(scaled, scale * right))
     return np.stack(found)
 
 
-def whitener(hurst: Array, lags: int) -> Array:
-    """Coefficients of 1 / psi, which make white noise of fractional Gaussian noise of variance 1: (indices, lags).
+def whitener(hurst: Array, frequency: Array) -> np.ndarray:
+    """1 / psi, which makes white noise of variance 1 of fractional Gaussian noise: (indices, frequencies), complex.
 
     Example:
-        >>> bool(np.allclose(whitener(np.array([0.5]), 3), [1, 0, 0], atol=1e-7))
+        >>> bool(np.allclose(whitener(np.array([0.5]), np.array([0.1, 1.0])), 1, atol=1e-7))
         True
     """
-    d = hurst[:, None] - 0.5
-    w = math.pi * np.arange(1, lags + 1) / lags
+    d, grid = hurst[:, None] - 0.5, math.pi * np.arange(1, CEPSTRUM + 1) / CEPSTRUM
     with torch.no_grad():
-        f = fgn_spectrum(torch.from_numpy(w), torch.from_numpy(hurst)[:, None]).numpy()
-    log_smooth = np.log(2 * math.pi * f) + 2 * d * np.log(2 * np.sin(w / 2))
+        f = fgn_spectrum(torch.from_numpy(grid), torch.from_numpy(hurst)[:, None]).numpy()
+    log_smooth = np.log(2 * math.pi * f) + 2 * d * np.log(2 * np.sin(grid / 2))
     at_zero = [math.log(math.sin(math.pi * h)) + math.lgamma(2 * h + 1) for h in hurst]
-    cepstrum = np.fft.irfft(np.concatenate([np.array(at_zero)[:, None], log_smooth], 1), 2 * lags)
-    past = np.concatenate([cepstrum[:, :1] / 2, cepstrum[:, 1:lags], np.zeros((len(hurst), lags))], 1)
-    smooth = np.fft.irfft(np.exp(-np.fft.rfft(past)), 2 * lags)[:, :lags]
-    m = np.arange(lags - 1)
-    return _product(smooth, np.concatenate([np.ones_like(d), ((m - d) / (m + 1)).cumprod(1)], 1))
-
-
-def _product(a: Array, b: Array) -> Array:
-    """The product of two power series, as long as they are."""
-    n = a.shape[-1]
-    return np.asarray(np.fft.irfft(np.fft.rfft(a, 2 * n) * np.fft.rfft(b, 2 * n), 2 * n)[..., :n])
+    cepstrum = np.fft.irfft(np.concatenate([np.array(at_zero)[:, None], log_smooth], 1), 2 * CEPSTRUM)[:, :CEPSTRUM]
+    cepstrum[:, 0] /= 2
+    past = cepstrum @ np.exp(-1j * np.outer(np.arange(CEPSTRUM), frequency))
+    return np.asarray((1 - np.exp(-1j * frequency)) ** d * np.exp(-past))

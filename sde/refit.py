@@ -29,8 +29,8 @@ NODES = {"I": 48, "II": 16}
 
 
 def _grid(kind: Kind, steps: int) -> tuple[float, float]:
-    """Rates times horizon: from a tenth to the fastest that steps can tell apart, or that serves any number of them."""
-    return (0.1, 2.0 * steps) if kind == "I" else (0.1, 1e4)
+    """Rates times horizon: what steps can tell apart and the past before them (I), or what serves any number (II)."""
+    return (3e-3, 4.0 * steps) if kind == "I" else (0.1, 1e4)
 
 
 def refitted_noise(hurst: Tensor | float, dt: float, steps: int, factors: int = 8, kind: Kind = "II") -> MarkovNoise:
