@@ -348,7 +348,10 @@ class MarkovNoise:
         from sde.fractional import fbm_covariance
 
         if self.kind != "II" or callable(self.hurst) or torch.as_tensor(self.hurst).ndim:
-            raise ValueError("weights are refitted for type II and one fixed Hurst index; give those")
+            raise ValueError(
+                "weights are refitted for type II and one fixed Hurst index; sde.refitted_noise takes type I and indices "
+                "that are learned"
+            )
         times = dt * torch.arange(1, steps + 1, dtype=torch.float64)
         exact = fbm_covariance(times[:, None], times, float(self.hurst), "II", unit=self.unit)
         response = torch.linalg.cholesky(exact)
