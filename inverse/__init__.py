@@ -21,7 +21,7 @@ from inverse.guides import (
 from inverse.likelihood import Likelihood, read_likelihood
 from inverse.mcmc import AnnealedLangevin, DiffusionPCN, ParallelTempering
 from inverse.particles import DDSMC, FPSSMC, MCGdiff, MomentClosure, NoiseAndReturn, NuisanceSMC, TwistedSMC
-from inverse.paths import GuidedParticleFilter, ParticleGibbs, ParticleGibbsKernel
+from inverse.paths import GuidedParticleFilter, ParticleGibbs, ParticleGibbsKernel, SDEMatching
 from inverse.pnp_dm import PnPDM
 from inverse.problem import DiffusionProblem
 from inverse.samplers import (
@@ -87,6 +87,7 @@ __all__ = [
     "Quantised",
     "REDDiff",
     "ReSample",
+    "SDEMatching",
     "ScorePriorVI",
     "SplitGibbs",
     "TMPDGuide",

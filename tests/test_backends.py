@@ -196,6 +196,9 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.ReSample(steps=6, every=2), linear),
         (inverse.ReSample(steps=4, inner="adam", inner_steps=3), linear),
     ],
+    "SDEMatching": [
+        (inverse.SDEMatching(steps=6, particles=4, times=4, knots=2), path_of_unknown_rate),
+    ],
     "SMC": [
         (ppl.SMC(particles=20, moves=1), plain),
         (ppl.SMC(particles=20, moves=2, kernel="random_walk", chunk=7, runs=2), gaussian),
@@ -229,7 +232,7 @@ def test_contract(backend: Any, program: Callable[[], ppl.Program]) -> None:
     check_backend(backend, program())
 
 
-NOT_OF_SITES = ("NuisanceSMC", "GuidedParticleFilter", "ParticleGibbs")
+NOT_OF_SITES = ("NuisanceSMC", "GuidedParticleFilter", "ParticleGibbs", "SDEMatching")
 ON_SITES = [
     n for n, cases in CASES.items() if type(cases[0][0]).__module__.startswith("inverse") and n not in NOT_OF_SITES
 ]

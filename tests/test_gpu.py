@@ -20,7 +20,7 @@ from ppl.backend import registered
 from ppl.diagnostics import ess_of, z_bound
 from ppl.errors import DataError
 from ppl.testing import check_backend
-from sde import GaussianMixture, MarkovNoise, Path, Process
+from sde import BrownianNoise, GaussianMixture, MarkovNoise, Path, Process
 from sde.solvers import DPMSolver2MSDE
 
 F64 = torch.float64
@@ -93,11 +93,11 @@ def summary(posterior: ppl.Posterior) -> tuple[Tensor, Tensor]:
     return values.mean((0, 1)), values.std((0, 1)) / size.sqrt()
 
 
-def path_problem(device: str) -> ppl.Program:
-    """A linear path of three times on one device, its noise started from hidden factors."""
-    process = Process(lambda x, t: -x, 1.0, MarkovNoise(0.7, 1.0, "I", 2))
+def path_problem(device: str, fractional: bool = True) -> ppl.Program:
+    """A linear path of three times on one device, its noise Brownian or started from hidden factors."""
+    process = Process(lambda x, t: -x, 1.0, MarkovNoise(0.7, 1.0, "I", 2) if fractional else BrownianNoise())
     times = torch.tensor([0.3, 0.6, 1.0], dtype=F64, device=device)
-    path = Path(process, times, torch.zeros(1, dtype=F64, device=device))
+    path = Path(process, times, torch.zeros(1, dtype=F64, device=device), dt=None if fractional else 0.01)
 
     def model(y: Tensor) -> None:
         x = pyro.sample("x", path)
@@ -120,7 +120,10 @@ PATH_CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
 def test_every_backend_of_diffusion_priors_has_a_case() -> None:
     """Two are left out: one draws other sites as well, and a network trained twice is not one law."""
     ours = {n for n, c in registered().items() if c.__module__.partition(".")[0] == "inverse"}
-    assert ours - {n.partition("(")[0] for n in (*CASES, *PATH_CASES)} == {"AmortisedDenoiser", "NuisanceSMC"}
+    assert ours - {n.partition("(")[0] for n in (*CASES, *PATH_CASES, "SDEMatching")} == {
+        "AmortisedDenoiser",
+        "NuisanceSMC",
+    }
 
 
 @pytest.mark.gpu
@@ -129,6 +132,14 @@ def test_engines_of_paths_agree_with_the_exact_posterior_on_cuda(name: str) -> N
     """False alarm 1e-4 for each."""
     make, draws, chains = PATH_CASES[name]
     posterior = check_path_backend(make(), path_problem("cuda"), draws=draws, chains=chains)
+    assert posterior["x"].device.type == "cuda"
+
+
+@pytest.mark.gpu
+def test_sde_matching_agrees_with_the_exact_posterior_on_cuda() -> None:
+    """Allowed a bias of 0.1: a fit whose draws take steps of 0.01."""
+    engine = inverse.SDEMatching(steps=600, particles=32, lr=0.05, knots=3)
+    posterior = check_path_backend(engine, path_problem("cuda", False), draws=2000, chains=1, bias=0.1)
     assert posterior["x"].device.type == "cuda"
 
 

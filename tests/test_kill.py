@@ -58,6 +58,18 @@ def path() -> ppl.Program:
     return ppl.Program(model, torch.tensor([0.3, -1.0, 0.4], dtype=F64), compile="never")
 
 
+def brownian_path() -> ppl.Program:
+    law = sde.Path(
+        sde.Process(lambda x, t: torch.sin(x)), torch.tensor([0.5, 1.0], dtype=F64), torch.zeros(1, dtype=F64)
+    )
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x[:, 0], 0.5).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
 # Name -> (backend, program).
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
@@ -71,6 +83,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "MomentMatching": (lambda: inverse.MomentMatching(steps=6), linear),
     "NUTS": (lambda: ppl.NUTS(warmup=10), plain),
     "ParticleGibbs": (lambda: inverse.ParticleGibbs(particles=3, warmup=4), path),
+    "SDEMatching": (lambda: inverse.SDEMatching(steps=12, particles=4, times=4, knots=2), brownian_path),
     "SVI": (lambda: ppl.SVI(guide=ppl.FullRank(), steps=12), plain),
     "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
     "TwistedSMC on many problems": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), many),
