@@ -349,8 +349,8 @@ class MarkovNoise:
 
         if self.kind != "II" or callable(self.hurst) or torch.as_tensor(self.hurst).ndim:
             raise ValueError(
-                "weights are refitted for type II and one fixed Hurst index; sde.refitted_noise takes type I and indices "
-                "that are learned"
+                "weights are refitted for type II and one fixed Hurst index; sde.refitted_noise takes type I and "
+                "indices that are learned"
             )
         times = dt * torch.arange(1, steps + 1, dtype=torch.float64)
         exact = fbm_covariance(times[:, None], times, float(self.hurst), "II", unit=self.unit)
