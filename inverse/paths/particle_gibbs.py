@@ -40,18 +40,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Sweeps:
-    """Options of conditional sweeps.
-
-    Args:
-        particles: N, the current path included.
-        threshold: resample when ESS < threshold * N.
-        ancestors: let the current path exchange its past at resamplings; each costs a walk to the end.
-        control: None takes the exact control where the path is linear and its data linear and Gaussian, and none
-            elsewhere; `inverse.paths.Uncontrolled()` never has one.
-
-    Raises:
-        OptionError: an option is out of range.
-    """
+    """Options of conditional sweeps; see `ParticleGibbs`."""
 
     particles: int = 32
     threshold: float = 0.5
@@ -229,11 +218,7 @@ class ParticleGibbsKernel(_Sweeps):
     their law given the data as it is. For paths with a density: `dt=None` and a noise of its own for every coordinate.
 
     Args:
-        particles: N, the current path included.
-        threshold: resample when ESS < threshold * N.
-        ancestors: let the current path exchange its past at resamplings; each costs a walk to the end.
-        control: None takes the exact control where the path is linear and its data linear and Gaussian, and none
-            elsewhere; `inverse.paths.Uncontrolled()` never has one.
+        particles, threshold, ancestors, control: as for `ParticleGibbs`.
 
     Example:
         >>> import ppl, pyro, pyro.distributions as dist

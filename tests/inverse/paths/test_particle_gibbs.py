@@ -174,7 +174,10 @@ def statistics(posterior: ppl.Posterior) -> Tensor:
 
 
 def gibbs(particles: int = 8) -> ppl.Gibbs:
-    kernels = {("x",): ParticleGibbsKernel(particles, control=Uncontrolled()), ("theta",): ppl.SliceKernel()}
+    kernels: dict[tuple[str, ...], Any] = {
+        ("x",): ParticleGibbsKernel(particles, control=Uncontrolled()),
+        ("theta",): ppl.SliceKernel(),
+    }
     return ppl.Gibbs(kernels, warmup=30)
 
 
