@@ -28,7 +28,7 @@ from ppl.errors import OptionError
 from ppl.posterior import Posterior
 from ppl.program import Program
 from sde import MeanRevertingPath, fbm_covariance, refitted_noise
-from sde.mean_reversion import linear_scan
+from sde.mean_reversion import linear_scan, slow_waves
 
 __all__ = [
     "Check",
@@ -117,7 +117,8 @@ class RoughVolatility:
         times = DAY * np.arange(1, days + 1)
         noise = refitted_noise(hurst, DAY, days, self.factors)
         scale = swing * (-math.log(MONTH) * hurst).exp()
-        return MeanRevertingPath(rate, level, scale, noise, torch.from_numpy(times), initial.reshape(1))
+        waves = slow_waves(days)  # the data see slow ones well and fast ones hardly: each gets a scale of its own
+        return MeanRevertingPath(rate, level, scale, noise, torch.from_numpy(times), initial.reshape(1), basis=waves)
 
     def program(self, returns: Tensor, proxy: Tensor | None = None) -> Program:
         """The model of a record.

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
-from sde.incomplete_gamma import constant
+from sde.incomplete_gamma import Array, constant
 from sde.increments import Increments, Noise
 from sde.path import Path
 from sde.process import Process
 
-__all__ = ["MeanRevertingPath", "linear_scan"]
+__all__ = ["MeanRevertingPath", "linear_scan", "scanned_increments", "slow_waves"]
 
 
 def linear_scan(decay: Tensor, move: Tensor) -> Tensor:
@@ -70,6 +71,23 @@ def scanned_increments(law: Increments, eps: Tensor, start: Tensor | None) -> Te
     return (w1 * after - w0 * before).sum(-2)
 
 
+def slow_waves(steps: int) -> Array:
+    """The driving numbers' waves, slowest first: right singular vectors of a sum over steps, (steps, steps).
+
+    Column k is a wave of frequency (k + 1/2) pi / (steps + 1/2); paths of any Hurst index weigh waves nearly by
+    themselves.
+
+    Source: singular vectors of the cumulative sum [derived].
+
+    Example:
+        >>> waves = slow_waves(5)
+        >>> bool(np.allclose(waves.T @ waves, np.eye(5)))
+        True
+    """
+    n, k = np.arange(steps)[:, None], np.arange(steps)
+    return np.sqrt(4 / (2 * steps + 1)) * np.cos((k + 0.5) * np.pi * (2 * n + 1) / (2 * steps + 1))
+
+
 class MeanRevertingPath(Path):
     r"""X at given times, for dX = rate (mean - X) dt + scale dB: an Ornstein-Uhlenbeck process, fractional or not.
 
@@ -85,6 +103,9 @@ class MeanRevertingPath(Path):
         initial: (d,) or (*batch, d), X at `start`; a number is one coordinate.
         start: the time of `initial`.
         dt: longest step; None takes one step from time to time. Steps longer than 2 / rate do not settle.
+        basis: (noise, noise) orthogonal array: driving numbers are those of its columns, which changes no law. Slow
+            waves (`slow_waves`) are what data see first, and engines that scale each number by itself gain by them.
+            Engines that walk a path step by step want none.
 
     Raises:
         ValueError: see `Path`.
@@ -110,14 +131,17 @@ class MeanRevertingPath(Path):
         *,
         start: float = 0.0,
         dt: float | None = None,
+        basis: Array | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.rate, self.mean_level, self.scale = rate, mean, scale
+        self.rate, self.mean_level, self.scale, self.basis = rate, mean, scale, basis
         process = Process(lambda x, t: rate * (mean - x), scale, noise)
         super().__init__(process, times, initial, start=start, dt=dt, validate_args=validate_args)
 
     def from_noise(self, z: Tensor) -> Tensor:
         """The path of standard normal numbers, differentiable: (*batch, noise) -> (*batch, n, d)."""
+        if self.basis is not None:
+            z = z @ constant(self.basis.T, z).to(z)
         x = self.follow(scanned_increments(self.increments, *self.split_noise(z)))
         return x if len(self.ends) == self.steps else x[..., torch.from_numpy(self.ends).to(x.device), :]
 
@@ -136,5 +160,6 @@ class MeanRevertingPath(Path):
         """Independent paths over batch_shape."""
         return MeanRevertingPath(
             self.rate, self.mean_level, self.scale, self.process.noise, self.times,
-            self.initial.expand(*Size(batch_shape), -1), start=self.start, dt=self.dt, validate_args=False,
+            self.initial.expand(*Size(batch_shape), -1), start=self.start, dt=self.dt, basis=self.basis,
+            validate_args=False,
         )  # fmt: skip

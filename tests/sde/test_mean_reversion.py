@@ -11,7 +11,7 @@ from torch import Tensor
 import ppl
 from sde import BrownianNoise, MarkovNoise, MeanRevertingPath, Path, Process
 from sde.increments import Noise
-from sde.mean_reversion import linear_scan, scanned_increments
+from sde.mean_reversion import linear_scan, scanned_increments, slow_waves
 
 DOUBLE = torch.float64
 
@@ -90,7 +90,25 @@ def test_in_a_program_gradients_of_the_hurst_index_agree_with_the_loop() -> None
         torch.testing.assert_close(ours, theirs)
 
 
+def test_waves_change_no_law_and_are_those_of_a_sum() -> None:
+    """Numbers in another orthogonal basis: the same covariance; a sum over steps takes each wave to a wave."""
+    times, waves = torch.linspace(0.1, 2, 20, dtype=DOUBLE), slow_waves(20)
+    laws = [
+        MeanRevertingPath(2.0, 1.0, 0.5, MarkovNoise(0.3, 2.0), times, torch.zeros(1, dtype=DOUBLE), basis=basis)
+        for basis in (None, waves)
+    ]
+    torch.testing.assert_close(laws[1].gaussian().covariances, laws[0].gaussian().covariances)
+    z = normal(4, 20)
+    torch.testing.assert_close(laws[1].from_noise(z), laws[0].from_noise(z @ torch.from_numpy(waves).mT))
+    summed = torch.from_numpy(waves).cumsum(0)
+    gram = summed.mT @ summed
+    torch.testing.assert_close(gram, torch.diag(gram.diagonal()))
+    assert bool((gram.diagonal().diff() < 0).all())
+
+
 def test_expanded_paths_stay_scanned() -> None:
-    path = MeanRevertingPath(2.0, 0.0, 1.0, BrownianNoise(), torch.linspace(0.1, 1, 5)).expand((3,))
+    waves = slow_waves(5)
+    path = MeanRevertingPath(2.0, 0.0, 1.0, BrownianNoise(), torch.linspace(0.1, 1, 5), basis=waves).expand((3,))
     assert isinstance(path, MeanRevertingPath)
+    assert path.basis is waves
     assert path.sample((2,)).shape == (2, 3, 5, 1)
