@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc bench-vi clean
+.PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc bench-paths bench-vi clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -57,10 +57,21 @@ bench-mcmc: .venv-mcmc/.installed
 	.venv-mcmc/bin/python -m benchmarks.mcmc
 	.venv-mcmc/bin/python -m benchmarks.mcmc --chains-cost
 
+# diffrax brings jax as well.
+.venv-paths/.installed: pyproject.toml constraints.txt
+	test -x .venv-paths/bin/python || $(PYTHON) -m venv .venv-paths
+	.venv-paths/bin/python -m pip install --quiet --constraint constraints.txt --editable . torch==2.13.0 'diffrax==0.7.*'
+	touch $@
+
+bench-paths: export OMP_NUM_THREADS = 1
+bench-paths: .venv-paths/.installed
+	.venv-paths/bin/python -m benchmarks.paths
+	.venv-paths/bin/python -m benchmarks.paths --long
+
 # Results go to runs/vi.jsonl.
 bench-vi: export OMP_NUM_THREADS = 1
 bench-vi: .venv/.installed
 	$(BIN)/python -m benchmarks.vi
 
 clean:
-	rm -rf .venv .venv-bench build dist *.egg-info demo
+	rm -rf .venv .venv-bench .venv-paths build dist *.egg-info demo

@@ -1,11 +1,15 @@
 """Seconds per draw on the CPU and on a CUDA device: digits and Fashion-MNIST with guided samplers, one thread of CPU.
 
+Then paths of 200 steps with a network as drift, eight dimensions, 4096 of them at once: seconds of a forward pass and
+of one with its gradient.
+
 `python -m benchmarks.gpu` prints a line for each backend. Without a CUDA device it says so and ends well.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -16,6 +20,8 @@ import torch
 import inverse
 import models
 import ppl
+import sde
+from benchmarks.paths import DIM, STEPS, Drift
 from inverse.operators import Mask
 
 
@@ -58,12 +64,43 @@ def seconds(program: ppl.Program, backend: ppl.Backend, draws: int, repeats: int
     return statistics.median(walls) / draws
 
 
+def path_seconds(device: str, factors: int, compile: bool, backward: bool, repeats: int) -> float:
+    """Median wall time of 4096 paths, with the gradient by the drift's weights where it is asked for."""
+    noise = sde.MarkovNoise(0.3, 1.0, factors=factors) if factors else sde.BrownianNoise()
+    drift = Drift().to(device)
+    times, origin = torch.linspace(1 / STEPS, 1, STEPS, device=device), torch.zeros(DIM, device=device)
+    path = sde.Path(sde.Process(drift, 0.5, noise), times, origin, compile=compile)
+    walls = []
+    for _ in range(repeats + 2):  # the first two compile
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            end = path.from_noise(torch.randn(4096, *path.noise_shape, device=device))[:, -1].square().mean()
+            if backward:
+                end.backward()
+        end.item()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        walls.append(time.perf_counter() - start)
+    return statistics.median(walls[2:])
+
+
+def paths(devices: list[str], repeats: int) -> None:
+    """A line for Brownian and fractional paths, as they are and compiled, forward and with the gradient."""
+    for factors, compile, backward in itertools.product((0, 8), (False, True), (False, True)):
+        times = [path_seconds(device, factors, compile, backward, repeats) for device in devices]
+        words = "   ".join(f"{device} {1e3 * t:8.2f} ms" for device, t in zip(devices, times, strict=True))
+        ratio = f"   {times[0] / times[1]:6.1f} times faster" if len(times) == 2 else ""
+        name = f"Path, K = {factors}{', compiled' * compile}{', with backward' * backward}"
+        print(f"{name:40s} {words}{ratio}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--priors", nargs="*", default=["digits8x8", "fashion28x28"])
+    parser.add_argument("--paths-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     devices = ["cpu"]
@@ -72,6 +109,10 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()} beside one CPU thread, torch {torch.__version__}")
     else:
         print("there is no CUDA device here: times of the CPU alone")
+    if devices[1:]:
+        paths(devices, options.repeats)
+    if options.paths_only:
+        return
     for name in options.priors:
         programs = {device: program_on(device, name) for device in devices}
         for label, backend in backends(options.steps, options.draws).items():
