@@ -237,6 +237,7 @@ def test_guide_follows_the_program_of_every_draw() -> None:
     assert float((moved - log_q).abs().min()) > 0.1  # the learned diffusion is seen
 
 
+@pytest.mark.slow
 def test_drift_diffusion_and_hurst_are_learned_together() -> None:
     """Around the linearised path only the Gaussian of (log theta, H) is not exact: a bound within 0.1 nat.
 

@@ -105,6 +105,7 @@ def test_bound_of_a_linear_path_is_reached() -> None:
     assert float(simulated.value) > evidence(1.0, 0.02) - 0.3
 
 
+@pytest.mark.slow
 def test_posterior_has_the_exact_moments() -> None:
     """Means within 0.1 and standard deviations within 10 % of the exact ones, which steps of 0.02 allow."""
     program = program_of(lambda: ou(1.0))
@@ -155,6 +156,7 @@ def test_learned_network_and_diffusion_fit_by_the_same_bound() -> None:
     torch.testing.assert_close(fitted.log_prob(z), log_q)
 
 
+@pytest.mark.slow
 def test_other_latents_have_a_posterior() -> None:
     """log theta: mean and sd against a grid of exact evidences; within a third of an sd for a short fit."""
 
@@ -176,6 +178,7 @@ def test_other_latents_have_a_posterior() -> None:
     assert abs(float(found.std() / sd) - 1) < 1 / 3
 
 
+@pytest.mark.slow
 def test_coordinates_with_shared_noises() -> None:
     """Two coordinates, three noises, a full covariance: the bound is below the exact evidence and within 0.4 nat."""
     g = torch.tensor([[1.0, 0.3, 0.2], [-0.4, 0.8, 0.5]], dtype=DOUBLE)
@@ -199,6 +202,7 @@ def test_coordinates_with_shared_noises() -> None:
     assert fitted.posterior(50).draws["x"].shape == (1, 50, 2, 2)
 
 
+@pytest.mark.slow
 def test_diffusion_of_the_state_has_a_true_bound() -> None:
     """g(x) = 0.5 + 0.2 x^2: the bound of the marginals is below the evidence, found by weighing draws of the guide."""
 
