@@ -130,6 +130,10 @@ class LocalNormal:
             return (root @ self.factor).square().sum((-2, -1))
         if self.root is None:
             return (root.square() * self.variance[:, None]).sum((-2, -1))
+        if root is self.root and self.inner is not None:  # B V B' = I - (I + B P^-1 B')^-1
+            eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+            inverse = torch.linalg.solve_triangular(self.inner, eye.expand_as(self.inner), upper=False)
+            return root.shape[1] - inverse.square().sum((-2, -1))
         return (root * self._solve(root.transpose(0, 1)).transpose(0, 1)).sum((-2, -1))
 
     def _solve(self, u: Tensor) -> Tensor:
@@ -352,7 +356,13 @@ class GaussNewton:
         """The form at theta (b, d)."""
         network = hierarchy.network
         outputs = network(theta, points.x)
-        jacobian = vmap(jacrev(network.one))(theta, points.x).reshape(*outputs.shape[:2], -1, network.dim)
+
+        def alone(theta: Tensor, x: Tensor) -> Tensor:
+            return network.one(theta, x[None])[0]
+
+        # Point by point: a derivative through all points at once would cost as many times more.
+        each = vmap(vmap(jacrev(alone), (None, 0)))(theta, points.x)
+        jacobian = each.reshape(*outputs.shape[:2], -1, network.dim)
         slope, half = _curvature(hierarchy, outputs, points, sigma)
         root = (half.mT @ jacobian).flatten(1, 2)
         grad = torch.einsum("bpkd,bpk->bd", jacobian, slope)

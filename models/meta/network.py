@@ -83,7 +83,7 @@ class Network:
         theta = self.start.to(x)
         before = {name: b.clone() for name, b in self.module.named_buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first, second = self.one(theta, x), self.one(theta, x)
+            first, second, alone = self.one(theta, x), self.one(theta, x), self.one(theta, x[:1])
         changed = [name for name, b in self.module.named_buffers() if not torch.equal(before[name], b)]
         for name, b in self.module.named_buffers():
             b.data.copy_(before[name])
@@ -100,6 +100,11 @@ class Network:
         if first.ndim < 1 or len(first) != len(x):
             raise ShapeError(
                 f"the episode network returned {tuple(first.shape)} for {len(x)} points; expected one row each"
+            )
+        if alone.shape != first[:1].shape or not torch.allclose(alone, first[:1], rtol=1e-3, atol=1e-4):
+            raise ProgramError(
+                "the output of the episode network for a point depends on the other points, padded ones among them; "
+                "treat points one by one (GroupNorm or LayerNorm in place of statistics of the batch)"
             )
 
     def __repr__(self) -> str:

@@ -288,10 +288,12 @@ class _Ascent:
             fixed = None if sigma is None else sigma.detach()
             form = options.local(hierarchy, law, points, fixed, generator)
             monitor.check_finite("quadratic fit of the episodes", form.natural, step)
-            local = close(form, law.mean, law.precision())
             if options.expectation == "quadratic":
-                loss = form.expected(local)
+                with torch.no_grad():  # q_i is the minimum of these terms: moving it with the law changes no slope
+                    local = close(form, law.mean, law.precision())
+                    loss = form.expected(local)
             else:
+                local = close(form, law.mean, law.precision())
                 loss = hierarchy.losses(local.draw(options.draws, generator), points, sigma).mean(0)
             each = loss + law.expected_kl(local.mean, local.covariance, local.log_det)
             objective = each.mean() + law.kl(hierarchy.prior) / self.total

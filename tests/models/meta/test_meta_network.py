@@ -21,6 +21,13 @@ class Noisy(nn.Module):
         return x * self.weight + torch.randn_like(x)
 
 
+class Centred(Noisy):
+    """Looks at all points."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(0)) * self.weight
+
+
 class Counting(Noisy):
     """Changes a buffer in every call."""
 
@@ -65,6 +72,7 @@ def test_evaluation_mode_is_allowed() -> None:
         ("no parameters", lambda: Network(nn.ReLU())),
         ("torch module", lambda: Network(torch.tanh)),  # type: ignore[arg-type]
         ("random", lambda: hierarchy(Network(Noisy())).program(episodes())),
+        ("other points", lambda: hierarchy(Network(Centred())).program(episodes())),
         ("buffers", lambda: hierarchy(Network(Counting())).program(episodes())),
     ],
 )
