@@ -166,21 +166,21 @@ class Increments:
         """
         if self.noise.size == 0:
             return eps * constant(np.sqrt(self.dt), eps).to(eps)
-        y = None
+        y = None  # in float64: weights of many factors are large and of both signs
         if starts_random(self.noise):
             if start is None:
                 raise ValueError("type I starts from random factors: give their normal numbers, (*batch, size)")
-            y = start @ constant(self.noise.initial_factor.T, eps).to(start)  # type: ignore[attr-defined]
+            y = start.double() @ constant(self.noise.initial_factor.T, eps)  # type: ignore[attr-defined]
         parts: list[Tensor] = []
         for (first, last, of_noise, of_start), (matrix, pull) in zip(self._blocks, self._maps(eps), strict=True):
             own = eps[..., first:last]
             increment = _along(own, matrix.to(own).mT)
             if y is not None:
-                increment = increment + _along(y, pull.to(own).mT)
+                increment = increment + _along(y, pull.mT).to(own)
             parts.append(increment)
             if last < self.steps:
-                moved = own @ constant(of_noise[-1], eps).to(own)
-                y = moved if y is None else y * constant(of_start[-1], eps).to(own) + moved
+                moved = own.double() @ constant(of_noise[-1], eps)
+                y = moved if y is None else y * constant(of_start[-1], eps) + moved
         return torch.cat(parts, -1)
 
     def _maps(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -70,6 +70,19 @@ def test_increments_with_a_hurst_index_that_depends_on_time(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["I", "II"])
+def test_single_precision_survives_large_weights(kind: Kind) -> None:
+    """Weights above 1000 of both signs, over four blocks of steps."""
+    noise = MarkovNoise(0.2, 1.0, kind, 20, "paper")
+    assert float(noise.weights().abs().max()) > 1000
+    law = Increments(noise, np.linspace(0, 1, 1001))
+    eps, start = normal(3, 1000), normal(3, noise.size, seed=1) if kind == "I" else None
+    found = law(eps.float(), None if start is None else start.float())
+    assert found.dtype == torch.float32
+    exact = law(eps, start)
+    assert float((found - exact).abs().max()) < 1e-5 * float(exact.std())
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
 def test_one_hurst_index_for_each_noise(kind: Kind) -> None:
     grid = torch.linspace(0, 1, 11, dtype=DOUBLE)
     h = torch.tensor([0.3, 0.7], dtype=DOUBLE)
