@@ -16,6 +16,8 @@ from models.meta.network import Bernoulli, Categorical, Gaussian, Likelihood, Ne
 from models.meta.niw import NIWMeta
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart
 from models.meta.program import Hierarchy, hierarchy_of
+from models.meta.tasks import LinearRegressions, LineSine, Sinusoids
+from models.meta.tasks_images import FewShot, few_shot_digits, few_shot_fashion, few_shot_omniglot
 
 __all__ = [
     "MAML",
@@ -27,6 +29,7 @@ __all__ = [
     "CoordinateAscent",
     "EpisodeSource",
     "Episodes",
+    "FewShot",
     "Fisher",
     "FittedMAML",
     "FittedMeta",
@@ -35,6 +38,8 @@ __all__ = [
     "GlobalLaw",
     "Hierarchy",
     "Likelihood",
+    "LineSine",
+    "LinearRegressions",
     "LocalNormal",
     "NIWMeta",
     "Network",
@@ -42,10 +47,14 @@ __all__ = [
     "NormalInverseWishart",
     "Points",
     "Prediction",
+    "Sinusoids",
     "Variational",
     "adapt",
     "amortised_guide",
     "empirical_bayes_guide",
+    "few_shot_digits",
+    "few_shot_fashion",
+    "few_shot_omniglot",
     "hierarchy_of",
     "mlp",
 ]
