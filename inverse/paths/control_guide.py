@@ -118,10 +118,17 @@ class ControlGuide(Steered):
         refuse_unmoved(path, None if data is None else data[0])
         remark = None if data is None else coarse_steps(path, *data)
         return replace(
-            self, path=path, places=places, own=own, program=program, data=data, rounds=1 if path.is_linear else ROUNDS,
+            self,
+            path=path,
+            read=self.read or self.path is None,
+            places=places,
+            own=own,
+            program=program,
+            data=data,
+            rounds=1 if path.is_linear else ROUNDS,
             near=self.around is not None and layout.dim == path.noise_shape.numel(),
             remarks=() if remark is None else (remark,),
-        )  # fmt: skip
+        )
 
     # The guide.
 

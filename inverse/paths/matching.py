@@ -148,7 +148,8 @@ class MatchedGuide(Steered):
     def bind(self, layout: Layout, program: Program | None = None) -> MatchedGuide:
         """The guide, told where the path's driving numbers are."""
         _, path, own, places = self.found(layout, program)
-        return replace(self, path=path, places=places, own=own, program=program)
+        read = self.read or self.path is None
+        return replace(self, path=path, read=read, places=places, own=own, program=program)
 
     @property
     def curves(self) -> Marginals:

@@ -70,6 +70,7 @@ class Steered(ABC):
     places: tuple[int, ...] = field(default=(), repr=False, kw_only=True)
     own: ProgramPath | None = field(default=None, repr=False, compare=False, kw_only=True)
     program: Program | None = field(default=None, repr=False, compare=False, kw_only=True)
+    read: bool = field(default=False, repr=False, kw_only=True)
     memo: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     reads_program: ClassVar[bool] = True
@@ -87,11 +88,12 @@ class Steered(ABC):
             CapabilityError: no lifted path of this size, several and no name, or one with a batch shape.
             OptionError: it has to be read off a program, and there is none.
         """
-        if program is None and self.path is None:
+        path = None if self.read else self.path  # one that was read off another program is read again
+        if program is None and path is None:
             raise OptionError("a control without a path of its own needs the program it is for")
-        size = None if self.path is None else self.path.noise_shape.numel()
+        size = None if path is None else path.noise_shape.numel()
         name = path_leaf(layout, size, self.site, program, type(self).__name__)
-        path, own = self.path, None
+        own = None
         if path is None:
             assert program is not None
             own = ProgramPath(program, layout, name)

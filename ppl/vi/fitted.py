@@ -70,6 +70,17 @@ class FittedGuide(Fitted):
             noise = self.guide.noise(draws, dim, self.program.dtype, generator)
             return self.guide.rsample_and_log_prob(self.guide_params, noise)
 
+    def on(self, program: Program) -> FittedGuide:
+        """The same fit on a program with the same latents, such as one with other data for a guide that sees data.
+
+        Args:
+            program: in noise space where the fit was.
+
+        Raises:
+            ShapeError: the program has other latents.
+        """
+        return self.from_state(*self.state(), program, self.guide)
+
     @property
     def guide_params(self) -> dict[str, Tensor]:
         """What the guide is evaluated at: its parameters, and those of the program where it reads them."""

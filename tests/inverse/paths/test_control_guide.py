@@ -316,11 +316,11 @@ def test_context_is_learned_and_sees_other_data() -> None:
     assert all(torch.equal(v, before[n]) for n, v in module.named_parameters())  # the user's module is left alone
     learned = fitted.params["context.linear.weight"]
     assert float((learned - before["linear.weight"]).abs().max()) > 1e-3
-    other = program.with_data(y=torch.tensor(-3.0, dtype=DOUBLE)).noise_space()
-    moved = bound_guide(ControlGuide(width=8, context=module), other.flat())
+    moved = fitted.on(program.with_data(y=torch.tensor(-3.0, dtype=DOUBLE)).noise_space())
     noise = torch.zeros(1, 6, dtype=DOUBLE)
-    here, there = (g.rsample_and_log_prob(fitted.params, noise)[0] for g in (fitted.guide, moved))
+    here, there = (f.guide.rsample_and_log_prob(f.params, noise)[0] for f in (fitted, moved))
     assert float((here - there).abs().max()) > 1e-3
+    torch.testing.assert_close(fitted.on(fitted.program).guide.rsample_and_log_prob(fitted.params, noise)[0], here)
 
 
 def test_context_of_the_wrong_shape_is_refused() -> None:
