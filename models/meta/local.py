@@ -316,6 +316,8 @@ class GaussNewton:
     Args:
         steps: Gauss-Newton steps; 1 linearises at m_0 alone.
         halvings: how often a step that does not lower the objective is halved.
+        through: differentiate the linearisation at m_0 itself, so that training also shapes the derivatives that an
+            episode adapts along; for `steps=1`, and for about four times the time.
 
     Raises:
         OptionError: an option is out of range.
@@ -323,15 +325,26 @@ class GaussNewton:
 
     steps: int = 3
     halvings: int = 4
+    through: bool = False
 
     def __post_init__(self) -> None:
         check_integers(self, steps=1, halvings=0)
+        if self.through and self.steps > 1:
+            raise OptionError(f"through=True takes one linearisation, at m_0: steps=1, got {self.steps}")
 
-    @torch.no_grad()
     def __call__(
         self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
     ) -> Quadratic:
         """See `LocalFit`."""
+        if self.through:
+            return self._form(hierarchy, law.mean.expand(len(points.x), -1), points, sigma)
+        return self._fitted(hierarchy, law, points, sigma, generator)
+
+    @torch.no_grad()
+    def _fitted(
+        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
+    ) -> Quadratic:
+        """Steps without a graph."""
         theta, precision = _start(law, points), law.precision().detach()
         mean = law.mean.detach()
 

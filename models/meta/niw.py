@@ -288,10 +288,13 @@ class _Ascent:
             fixed = None if sigma is None else sigma.detach()
             form = options.local(hierarchy, law, points, fixed, generator)
             monitor.check_finite("quadratic fit of the episodes", form.natural, step)
-            if options.expectation == "quadratic":
+            if options.expectation == "quadratic" and not form.natural.requires_grad:
                 with torch.no_grad():  # q_i is the minimum of these terms: moving it with the law changes no slope
                     local = close(form, law.mean, law.precision())
                     loss = form.expected(local)
+            elif options.expectation == "quadratic":
+                local = close(form, law.mean, law.precision())
+                loss = form.expected(local)
             else:
                 local = close(form, law.mean, law.precision())
                 loss = hierarchy.losses(local.draw(options.draws, generator), points, sigma).mean(0)

@@ -160,6 +160,29 @@ def test_gradient_is_the_reptile_direction() -> None:
     assert float(slope @ (mean - middle)) > 0
 
 
+def test_a_linearisation_that_is_differentiated() -> None:
+    """`through=True`: the slope of J in m_0 is that of central differences, derivatives of the network included."""
+    model, points = line_model(hidden=True), lines(4, torch.Generator().manual_seed(1)).points
+    prior, options = model.prior, GaussNewton(steps=1, through=True)
+
+    def total(mean: Tensor) -> Tensor:
+        law = prior.replaced(mean, prior.count, prior.df, prior.scale)
+        form = options(model, law, points, None, torch.Generator())
+        local = close(form, law.mean, law.precision())
+        return (form.expected(local) + law.expected_kl(local.mean, local.covariance, local.log_det)).mean()
+
+    mean = prior.mean.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(total(mean), mean)
+    for i in (0, 9, 20):
+        step = 1e-5 * torch.eye(len(mean), **F)[i]
+        difference = float(total(prior.mean + step) - total(prior.mean - step)) / 2e-5
+        assert float(slope[i]) == pytest.approx(difference, rel=1e-5, abs=1e-6)
+    fitted = NIWMeta(steps=20, batch=8, lr=0.02, local=options, expectation="quadratic").fit(model, lines)
+    assert float(fitted.history[-5:].mean()) > float(fitted.history[:5].mean())
+    with pytest.raises(OptionError, match="steps=1"):
+        GaussNewton(steps=2, through=True)
+
+
 # Regressions ----------------------------------------------------------------------------------------------------------
 
 
