@@ -5,7 +5,7 @@ phi = (mu, Sigma) ~ NIW,   theta_i | phi ~ N(mu, Sigma),   D_i | theta_i
 
 from __future__ import annotations
 
-from models.meta.adaptation import Adapted, ClosedForm, Prediction, Variational, adapt
+from models.meta.adaptation import Adapted, ClosedForm, Variational, adapt
 from models.meta.cavi import CoordinateAscent
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.fitted_meta import FittedMeta
@@ -46,7 +46,6 @@ __all__ = [
     "NormalInverseGamma",
     "NormalInverseWishart",
     "Points",
-    "Prediction",
     "Sinusoids",
     "Variational",
     "adapt",

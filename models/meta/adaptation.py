@@ -7,7 +7,6 @@ p(y | x, D) = 1/S sum_s p(y | x, theta^s),   theta^s ~ v
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +18,12 @@ from models.meta.episodes import Episodes, Points
 from models.meta.fitted_meta import FittedMeta
 from models.meta.local import LocalFit, LocalNormal, close, positive_options
 from models.meta.niw_math import NormalInverseGamma
+from models.meta.predictive import Predictive
 from ppl.errors import OptionError
 from ppl.option_checks import check_integers
 from ppl.vi.ascent import adam
 
-__all__ = ["Adaptation", "Adapted", "ClosedForm", "Prediction", "Variational", "adapt"]
+__all__ = ["Adaptation", "Adapted", "ClosedForm", "Variational", "adapt"]
 
 
 class Adaptation(Protocol):
@@ -110,37 +110,6 @@ class Variational:
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """Outputs of the network at draws of theta, for queries of b episodes.
-
-    Args:
-        fitted: for likelihood and noise.
-        outputs: (draws, b, points, *outputs).
-    """
-
-    fitted: FittedMeta
-    outputs: Tensor
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """log 1/S sum_s p(y | x, theta^s) of each query: y (b, points, *y) -> (b, points)."""
-        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
-        return law.log_prob(y).logsumexp(0) - math.log(len(self.outputs))
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of a target, (b, points, *y); of classes their probabilities (b, points, way)."""
-        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
-        return (law.probs if hasattr(law, "probs") else law.mean).mean(0)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """Predictive probability of a target of at most y, for regression: (b, points), uniform when calibrated."""
-        law = self.fitted.hierarchy.likelihood.law(self.outputs, self.fitted.sigma)
-        if law.has_enumerate_support or law.event_shape:
-            raise OptionError("a cumulative probability is for scalar regression; classes have `mean`")
-        return law.cdf(y).mean(0)
-
-
-@dataclass(frozen=True, eq=False)
 class Adapted:
     """Posteriors of theta of b episodes.
 
@@ -154,15 +123,15 @@ class Adapted:
 
     def predict(
         self, x: Tensor, draws: int = 100, generator: torch.Generator | None = None, linearised: bool = False
-    ) -> Prediction:
-        """Predictions at queries.
+    ) -> Predictive:
+        """The laws of targets at queries under draws of theta; targets without an axis of their own.
 
         Args:
             x: (b, points, *x).
             draws: S of theta.
             generator: of the draws; seed 0 when None.
-            linearised: take the network as linear about m_i, as a Gauss-Newton fit does; its draws far from m_i then
-                do not leave the region where that fit holds.
+            linearised: take the network as linear about the point where a Gauss-Newton fit did, or about m_i after any
+                other: the model that the posterior is exact for, however far its draws go.
 
         Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred].
         """
@@ -173,17 +142,21 @@ class Adapted:
         with torch.no_grad():
             theta = self.local.draw(draws, generator)
             if not linearised:
-                return Prediction(self.fitted, network(theta, x.expand(draws, *x.shape)))
-            off = theta - self.local.mean
+                return self._law(network(theta, x.expand(draws, *x.shape)))
+            point = self.local.mean if self.local.point is None else self.local.point
+            off = theta - point
 
-            def along(mean: Tensor, x: Tensor, off: Tensor) -> Tensor:
+            def along(at: Tensor, x: Tensor, off: Tensor) -> Tensor:
                 value, change = jvp(  # type: ignore[misc]
-                    lambda t: network.one(t, x), (mean,), (off,)
+                    lambda t: network.one(t, x), (at,), (off,)
                 )
                 return value + change
 
             over = vmap(along)
-            return Prediction(self.fitted, vmap(lambda v: over(self.local.mean, x, v))(off))
+            return self._law(vmap(lambda v: over(point, x, v))(off))
+
+    def _law(self, outputs: Tensor) -> Predictive:
+        return Predictive(self.fitted.hierarchy.likelihood.law(outputs, self.fitted.sigma))
 
 
 def adapt(

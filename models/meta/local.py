@@ -9,7 +9,7 @@ The fit runs without a graph and nothing of it is kept; m_i and V_i carry gradie
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -45,12 +45,14 @@ class Quadratic:
         diagonal: A where it is diagonal, (b, d); None where `root` is given.
         root: B with A = B' B, (b, q, d), one row for each output of each point.
         constant: (b,) what makes the form equal to l_i where it was fitted.
+        point: (b, d) where the network was linearised; None where it was not.
     """
 
     natural: Tensor
     diagonal: Tensor | None
     root: Tensor | None
     constant: Tensor
+    point: Tensor | None = None
 
     def times(self, vector: Tensor) -> Tensor:
         """A vector: (b, d) -> (b, d)."""
@@ -84,6 +86,7 @@ class LocalNormal:
         precision: (d,) P.
         root: (b, q, d) B.
         inner: (b, q, q) Cholesky factor of I + B P^-1 B'.
+        point: (b, d) where the network was linearised to get here; None where it was not.
     """
 
     mean: Tensor
@@ -93,6 +96,7 @@ class LocalNormal:
     precision: Tensor | None = None
     root: Tensor | None = None
     inner: Tensor | None = None
+    point: Tensor | None = None
 
     @classmethod
     def diagonal(cls, mean: Tensor, variance: Tensor) -> LocalNormal:
@@ -167,7 +171,7 @@ def close(quadratic: Quadratic, mean: Tensor, precision: Tensor) -> LocalNormal:
         lower = torch.linalg.cholesky(curvature + prior)
         inverse = torch.cholesky_inverse(lower)
         shift = torch.einsum("bij,bj->bi", inverse, ahead)
-        return LocalNormal.dense(mean + shift, torch.linalg.cholesky(inverse))
+        return replace(LocalNormal.dense(mean + shift, torch.linalg.cholesky(inverse)), point=quadratic.point)
     if root is None:
         assert quadratic.diagonal is not None
         variance = 1 / (quadratic.diagonal + precision)
@@ -179,7 +183,7 @@ def close(quadratic: Quadratic, mean: Tensor, precision: Tensor) -> LocalNormal:
     log_det = -precision.log().sum() - 2 * inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     local = LocalNormal(mean.expand_as(ahead), variance, log_det, None, precision, root, inner)
     shift = local._solve(ahead[None])[0]
-    return LocalNormal(mean + shift, variance, log_det, None, precision, root, inner)
+    return replace(local, mean=mean + shift, point=quadratic.point)
 
 
 def second_moment(mean: Tensor, covariance: Tensor, full: bool) -> Tensor:
@@ -382,7 +386,7 @@ class GaussNewton:
         along = torch.einsum("bqd,bd->bq", root, theta)
         natural = torch.einsum("bqd,bq->bd", root, along) - grad
         constant = hierarchy.losses(theta, points, sigma) + (natural * theta).sum(-1) - 0.5 * along.square().sum(-1)
-        return Quadratic(natural, None, root, constant)
+        return Quadratic(natural, None, root, constant, theta)
 
 
 def positive_options(options: object, *names: str) -> None:

@@ -5,20 +5,19 @@ theta_i = theta - lr grad L_support(theta), repeated;   minimise sum_i L_query(t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.local import positive_options
 from models.meta.network import Likelihood, Network
-from ppl.errors import DataError, OptionError
+from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.option_checks import check_integers
-from ppl.vi.ascent import adam
 
 __all__ = ["MAML", "FittedMAML"]
 
@@ -90,35 +89,25 @@ class MAML:
         Raises:
             DataError: episodes without queries.
         """
-        theta = network.start
-        generator = generator or torch.Generator(theta.device).manual_seed(seed)
-        monitor = monitor or Monitor(generator=generator)
-        m, v = torch.zeros_like(theta), torch.zeros_like(theta)
-        history = torch.full((self.steps,), math.nan, dtype=torch.float64)
-        saved, first = monitor.resume(), 0
-        if saved is not None:
-            first = int(saved["step"])
-            theta, m, v, history = (saved[n] for n in ("theta", "m", "v", "history"))
-        for step in monitor.steps(self.steps, "fit", start=first):
-            if isinstance(episodes, Episodes):
-                drawn = episodes.sample(min(self.batch, len(episodes)), generator)
-            else:
-                drawn = episodes(self.batch, generator)
-            if not bool(drawn.query.mask.any()):
-                raise DataError("MAML learns from query sets, and these episodes have none; split off some points")
-            if step == first:
-                likelihood.check(drawn.points)
-                network.check(drawn.support.x[0])
-            start = theta.detach().requires_grad_()
-            loss = self.losses(network, likelihood, start, drawn).mean()
-            (gradient,) = torch.autograd.grad(loss, start)
-            monitor.check_finite("gradient of the start", gradient, step)
-            history[step] = loss.detach()
-            rate = self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(self.steps - 1, 1))))
-            theta, m, v = adam(theta.detach(), m, v, step + 1, -gradient, rate)
-            monitor.report(loss=history[step])
-            monitor.checkpoint(step + 1, {"theta": theta, "m": m, "v": v, "history": history})
-        return FittedMAML(self, network, likelihood, theta, history[torch.isfinite(history)])
+
+        def loss(theta: Tensor, drawn: Episodes, generator: torch.Generator) -> Tensor:
+            return self.losses(network, likelihood, theta, drawn).mean()
+
+        def check(drawn: Episodes) -> None:
+            likelihood.check(drawn.points)
+            network.check(drawn.support.x[0])
+
+        theta, history = descend(
+            self,
+            network.start,
+            slope_of(loss),
+            episodes,
+            check=check,
+            generator=generator,
+            seed=seed,
+            monitor=monitor,
+        )
+        return FittedMAML(self, network, likelihood, theta, history)
 
     def losses(self, network: Network, likelihood: Likelihood, start: Tensor, episodes: Episodes) -> Tensor:
         """(b,) mean query losses after adaptation from start (d,), differentiable in it."""

@@ -22,6 +22,7 @@ from models.meta import (
     GaussNewton,
     Hierarchy,
     Likelihood,
+    LocalNormal,
     NormalInverseGamma,
     NormalInverseWishart,
     Points,
@@ -183,6 +184,26 @@ def test_predictions_of_a_line_are_normal(linearised: bool) -> None:
     assert torch.allclose(found.mean, exact.mean, atol=0.02)
     assert torch.allclose(found.log_prob(y), exact.log_prob(y), atol=0.03)
     assert torch.allclose(found.cdf(y), exact.cdf(y), atol=0.02)
+
+
+def test_linearised_predictions_are_of_the_model_that_was_fitted() -> None:
+    """After one step the network is linear about m_0, not about m_i: f(m_0) + J(m_0) (m_i - m_0) on average."""
+    fit, data = fitted(Gaussian(0.2), [1, 6, 1], df=3.0), points()
+    network, start = fit.hierarchy.network, fit.law.mean
+    adapted = adapt(fit, data, ClosedForm(GaussNewton(steps=1)))
+    found = adapted.predict(data.x, 20_000, seeded(), linearised=True)
+    jacobian = torch.func.vmap(torch.func.jacrev(network.one), (None, 0))(start, data.x)[:, :, 0]
+    exact = network(start.expand(3, -1), data.x)[..., 0]
+    exact = exact + torch.einsum("bpd,bd->bp", jacobian, adapted.local.mean - start)
+    spread = torch.einsum("bpd,bde,bpe->bp", jacobian, covariance_of(adapted.local), jacobian)
+    assert float(((found.mean - exact) / (spread / 20_000).sqrt()).abs().max()) < 5
+
+
+def covariance_of(local: LocalNormal) -> torch.Tensor:
+    """(b, d, d), also where it is never formed."""
+    if local.root is None or local.precision is None:
+        return local.covariance
+    return torch.linalg.inv(local.root.mT @ local.root + torch.diag(local.precision))
 
 
 def test_predicted_classes_are_probabilities() -> None:
