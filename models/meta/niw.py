@@ -45,8 +45,8 @@ class NIWMeta:
     Mean-field: theta and phi are independent in q, so that the spread of Sigma is too small and the bound not tight;
     for the reference example of twelve Gaussian episodes the bound is 0.69 nats below the evidence.
 
-    For small networks and few shots `local=GaussNewton(steps=1, through=True)` with `expectation="quadratic"` learns the
-    network's derivatives along with its parameters; its predictions are the linearised ones (`Adapted.predict`).
+    For small networks and few shots `local=GaussNewton(steps=1, through=True)` with `expectation="quadratic"` learns
+    the network's derivatives along with its parameters; its predictions are the linearised ones (`Adapted.predict`).
 
     Args:
         local: how an episode's loss is fitted: `GaussNewton()`, `Fisher()`, or the published `SGLD()`.
