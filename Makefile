@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc bench-paths bench-vi clean
+.PHONY: demo test lint slow bench bench-exact bench-inverse bench-mcmc bench-meta bench-paths bench-vi clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -56,6 +56,11 @@ bench-mcmc: export OMP_NUM_THREADS = 1
 bench-mcmc: .venv-mcmc/.installed
 	.venv-mcmc/bin/python -m benchmarks.mcmc
 	.venv-mcmc/bin/python -m benchmarks.mcmc --chains-cost
+
+# Results go to runs/meta.jsonl; `python -m benchmarks.meta --quick` takes minutes.
+bench-meta: export OMP_NUM_THREADS = 1
+bench-meta: .venv/.installed
+	$(BIN)/python -m benchmarks.meta
 
 # diffrax brings jax as well.
 .venv-paths/.installed: pyproject.toml constraints.txt
