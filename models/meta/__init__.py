@@ -16,6 +16,7 @@ from models.meta.network import Bernoulli, Categorical, Gaussian, Likelihood, Ne
 from models.meta.niw import NIWMeta
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart
 from models.meta.program import Hierarchy, hierarchy_of
+from models.meta.sleep_study import sleep_study
 from models.meta.tasks import LinearRegressions, LineSine, Sinusoids
 from models.meta.tasks_images import FewShot, few_shot_digits, few_shot_fashion, few_shot_omniglot
 
@@ -56,4 +57,5 @@ __all__ = [
     "few_shot_omniglot",
     "hierarchy_of",
     "mlp",
+    "sleep_study",
 ]
