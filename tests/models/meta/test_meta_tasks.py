@@ -162,3 +162,17 @@ def test_bad_options() -> None:
         LinearRegressions(two, 0 * two)
     with pytest.raises(ShapeError, match="mean and spread"):
         LinearRegressions(two, torch.ones(3))
+
+
+def test_omniglot_subset() -> None:
+    """All 8 alphabets, 242 characters and 20 drawers: each class has 20 images, most of which is paper."""
+    path = Path(__file__).parents[4] / "shared" / "data" / "omniglot" / "omniglot_small1_small2.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    tasks = few_shot_omniglot(path, way=5, shots=5, queries=15, size=28)
+    assert [len(own) for own in tasks.members] == [20] * 242
+    x = tasks(2, seeded()).support.x
+    assert x.shape == (2, 25, 1, 28, 28)
+    assert -1 < float(x.mean()) < -0.7
+    with pytest.raises(DataError, match="20 images, fewer than 10 shots and 15 queries"):
+        few_shot_omniglot(path, shots=10)
