@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
+from models.meta.distributed import episode_noise
 from models.meta.episodes import Points
 from models.meta.niw_math import GlobalLaw
 from models.meta.program import Hierarchy
@@ -118,13 +119,13 @@ class LocalNormal:
         """(draws, b, d), differentiable in the posterior."""
         size = (draws, *self.mean.shape[:-1])
         own: dict[str, Any] = {"generator": generator, "dtype": self.mean.dtype, "device": self.mean.device}
-        noise = torch.randn(*size, self.mean.shape[-1], **own)
+        noise = episode_noise(lambda shape: torch.randn(shape, **own), (*size, self.mean.shape[-1]), generator, 1)
         if self.factor is not None:
             return self.mean + torch.einsum("bij,sbj->sbi", self.factor, noise)
         if self.root is None or self.precision is None:
             return self.mean + self.variance.sqrt() * noise
         # V u with u ~ N(0, V^-1) is a draw of N(0, V).
-        rows = torch.randn(*size, self.root.shape[1], **own)
+        rows = episode_noise(lambda shape: torch.randn(shape, **own), (*size, self.root.shape[1]), generator, 1)
         u = self.precision.sqrt() * noise + torch.einsum("bqd,sbq->sbd", self.root, rows)
         return self.mean + self._solve(u)
 
@@ -198,7 +199,10 @@ def second_moment(mean: Tensor, covariance: Tensor, full: bool) -> Tensor:
 
 
 class LocalFit(Protocol):
-    """Fits a quadratic form to the loss of each of b episodes; keeps no graph and no state."""
+    """Fits a quadratic form to the loss of each of b episodes; keeps no graph and no state.
+
+    Noise is drawn by `models.meta.distributed.episode_noise`, so that episodes can be shared between processes.
+    """
 
     def __call__(
         self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
@@ -243,9 +247,10 @@ class SGLD:
         """See `LocalFit`."""
         theta = _start(law, points)
         mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+        own: dict[str, Any] = {"generator": generator, "dtype": theta.dtype, "device": theta.device}
         for k in range(self.steps):
             _, grad = _gradient(hierarchy, theta, points, sigma)
-            noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device=theta.device)
+            noise = episode_noise(lambda shape: torch.randn(shape, **own), theta.shape, generator)
             theta = theta - 0.5 * self.step * grad + math.sqrt(self.step) * noise
             if k >= self.burnin:
                 off = theta - mean
@@ -296,10 +301,10 @@ class Fisher:
             outputs = hierarchy.network(at, points.x)
         _, root = _curvature(hierarchy, outputs.detach(), points, sigma)
         diagonal = torch.zeros_like(theta)
+        own: dict[str, Any] = {"generator": generator, "dtype": root.dtype, "device": root.device}
         for probe in range(self.probes):
-            sign = (
-                2.0 * torch.randint(2, root.shape[:-1], generator=generator, device=root.device, dtype=root.dtype) - 1.0
-            )
+            bits = episode_noise(lambda shape: torch.randint(2, shape, **own), root.shape[:-1], generator)
+            sign = 2.0 * bits - 1.0
             weight = (root @ sign[..., None])[..., 0].reshape(outputs.shape)
             (part,) = torch.autograd.grad(outputs, at, weight, retain_graph=probe + 1 < self.probes)
             diagonal += part.square() / self.probes

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from models.meta.distributed import Workers
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.fitted_meta import FittedMeta
 from models.meta.local import GaussNewton, LocalFit, close, second_moment
@@ -47,6 +48,9 @@ class NIWMeta:
 
     For small networks and few shots `local=GaussNewton(steps=1, through=True)` with `expectation="quadratic"` learns
     the network's derivatives along with its parameters; its predictions are the linearised ones (`Adapted.predict`).
+
+    Where torch.distributed is initialised the episodes of a batch are shared between its processes, all with the same
+    arguments, and all end with the same law; `models.meta.distributed` says how to start them.
 
     Args:
         local: how an episode's loss is fitted: `GaussNewton()`, `Fisher()`, or the published `SGLD()`.
@@ -221,17 +225,29 @@ class NIWMeta:
             )
             warnings.warn(text, stacklevel=3)
             monitor.note(text)
-        finished = monitor.finished("fit")
-        saved = finished if finished is not None else monitor.resume()
+        workers = ascent.workers
+        finished = monitor.finished("fit") if workers.rank == 0 else None
+        saved = monitor.resume() if workers.rank == 0 and finished is None else finished
+        saved, over, state = workers.first((saved, finished is not None, generator.get_state()))
+        generator.set_state(state)
         first = 0
         if saved is not None:
-            first = self.steps if finished is not None else int(saved.pop("step"))
+            first = self.steps if over else int(saved.pop("step"))
             ascent.load(saved)
-        for step in monitor.steps(self.steps, "fit", start=first):
+
+        def advance(step: int) -> None:
             elbo = ascent.step(step, batches(generator), generator, monitor)
             monitor.report(elbo=elbo)
-            monitor.checkpoint(step + 1, ascent.state)
-        if first < self.steps:
+            if workers.rank == 0:
+                monitor.checkpoint(step + 1, ascent.state)
+
+        done = first
+        for step in monitor.steps(self.steps, "fit", start=first):
+            advance(step)
+            done = step + 1
+        if workers.size > 1 and monitor.interrupted and not ascent.told and done < self.steps:
+            advance(done)  # the others have begun this step, and learn in it that the run ends
+        if first < self.steps and workers.rank == 0:
             monitor.finish("fit", ascent.state())
         return ascent.result(complete=not monitor.interrupted)
 
@@ -243,6 +259,7 @@ class _Ascent:
         if not (math.isfinite(total) and total > 0):
             raise OptionError(f"total is a number of episodes and must be positive, got {total!r}")
         self.options, self.hierarchy, self.total = options, hierarchy, total
+        self.workers, self.told = Workers(), False
         prior = hierarchy.prior
         self.full = isinstance(prior, NormalInverseWishart)
         count, df = prior.count + total, prior.df + total
@@ -280,11 +297,13 @@ class _Ascent:
     def load(self, saved: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         for name, value in saved.items():
-            setattr(self, name, value)
+            setattr(self, name, value.to(getattr(self, name).device))
 
     def step(self, step: int, points: Points, generator: torch.Generator, monitor: Monitor) -> float:
         """One step of the global law; returns the estimate of the evidence bound before it."""
-        options, hierarchy = self.options, self.hierarchy
+        options, hierarchy, run = self.options, self.hierarchy, generator
+        shown = len(points.x)
+        points, generator, share = self.workers.share(points, run)
         theta = self.theta.detach().requires_grad_(options.update == "gradient")
         with torch.set_grad_enabled(options.update == "gradient"):
             law, sigma = self._law(theta)
@@ -302,13 +321,24 @@ class _Ascent:
                 local = close(form, law.mean, law.precision())
                 loss = hierarchy.losses(local.draw(options.draws, generator), points, sigma).mean(0)
             each = loss + law.expected_kl(local.mean, local.covariance, local.log_det)
-            objective = each.mean() + law.kl(hierarchy.prior) / self.total
+            objective = share * (each.mean() + law.kl(hierarchy.prior) / self.total)
         monitor.cost.add(likelihood_evals=len(points.x) * options.draws)
+        if options.update == "natural":
+            moment = second_moment(local.mean, local.covariance, self.full)
+            found = [share * local.mean.mean(0), share * moment]
+        else:
+            found = list(torch.autograd.grad(objective, theta))
+        objective, stop, *found = self.workers.sums(objective, theta.new_tensor(float(monitor.interrupted)), *found)
+        if generator is not run:
+            run.set_state(generator.get_state())
+            if stop > 0:
+                self.told = True
+                monitor.stop("another worker was stopped")
         monitor.check_finite("objective of the global law", objective, step)
         if options.update == "natural":
-            self._natural(step, law, local.mean, local.covariance, len(points.x))
+            self._natural(step, law, found[0], found[1], shown)
         else:
-            (gradient,) = torch.autograd.grad(objective, theta)
+            (gradient,) = found
             monitor.check_finite("gradient of the global law", gradient, step)
             self.updates = self.updates + 1
             part = 0.5 * (1 + math.cos(math.pi * step / max(options.steps - 1, 1)))
@@ -321,11 +351,10 @@ class _Ascent:
         self.history[step] = elbo
         return elbo
 
-    def _natural(self, step: int, law: GlobalLaw, mean: Tensor, covariance: Tensor, shown: int) -> None:
+    def _natural(self, step: int, law: GlobalLaw, mean: Tensor, moment: Tensor, shown: int) -> None:
         """Part of the way to the coordinate optimum of the batch, in natural parameters (l m, V + l m m')."""
         options, total = self.options, self.total
-        moment = second_moment(mean, covariance, self.full)
-        goal = self.hierarchy.prior.updated(total, mean.mean(0), moment)
+        goal = self.hierarchy.prior.updated(total, mean, moment)
         size = 1.0 if shown >= total else (1 + step / options.delay) ** -options.forgetting
 
         def second(law: GlobalLaw) -> Tensor:
