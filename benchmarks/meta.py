@@ -194,7 +194,7 @@ def class_learners(budget: Budget) -> dict[str, Callable[[EpisodeSource], dict[s
 
     def meta(source: EpisodeSource) -> dict[str, Predict]:
         prior = NormalInverseGamma.around(network.start, 1.0, 10.0, 0.01)
-        options = NIWMeta(local=GaussNewton(2), expectation="quadratic", lr=2e-2, **common)
+        options = NIWMeta(local=GaussNewton(2), expectation="quadratic", lr=5e-3, **common)
         return niw(options.fit(Hierarchy(network, law, prior), source), budget)
 
     def maml(source: EpisodeSource) -> dict[str, Predict]:
