@@ -204,7 +204,7 @@ def test_torchrun_starts_dead_workers_again(tmp_path: Path) -> None:
     path = f"{root}{os.pathsep}{Path(__file__).parent}"
     variables = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    subprocess.run([*command, str(script), str(tmp_path)], check=True, timeout=120, env=variables, cwd=root)
+    subprocess.run([*command, str(script), str(tmp_path)], check=True, timeout=300, env=variables, cwd=root)
     whole = tensors(fit("SGLD"))
     for rank in range(2):
         found = torch.load(tmp_path / f"worker-{rank}")
