@@ -123,7 +123,7 @@ def widened(predict: Predict, source: EpisodeSource) -> Predict:
     return lambda episodes: wider(predict(episodes), extra)
 
 
-def niw(fitted: FittedMeta, budget: Budget) -> dict[str, Predict]:
+def niw(fitted: FittedMeta, budget: Budget, steps: int = 1) -> dict[str, Predict]:
     """The closed form with a linearised network and with the network itself, and the published gradient steps."""
 
     def predict(how: Any, linearised: bool) -> Predict:
@@ -132,7 +132,7 @@ def niw(fitted: FittedMeta, budget: Budget) -> dict[str, Predict]:
 
         return run
 
-    closed = ClosedForm(GaussNewton(5 if budget.tests == 256 else 2))
+    closed = ClosedForm(GaussNewton(steps))
     return {
         "NIW-Meta": predict(closed, True),
         "NIW-Meta, network at draws": predict(closed, False),
@@ -149,11 +149,18 @@ def regression_learners(part: str, budget: Budget) -> dict[str, Callable[[Episod
     # Lines reach 18 where sinusoids reach 5; with 0.02 the inner steps run off.
     inner = 0.02 if part == "sinusoid" else 0.01
 
+    prior = NormalInverseGamma.around(network.start, 1.0, 10.0, 0.05)
+    hierarchy = Hierarchy(network, Gaussian(sigma), prior)
+
     def meta(source: EpisodeSource) -> dict[str, Predict]:
-        prior = NormalInverseGamma.around(network.start, 1.0, 10.0, 0.05)
-        options = NIWMeta(local=GaussNewton(2), expectation="quadratic", lr=5e-3, **common)
-        found = niw(options.fit(Hierarchy(network, Gaussian(sigma), prior), source), budget)
+        options = NIWMeta(GaussNewton(1, through=True), expectation="quadratic", lr=5e-3, average=0.1, **common)
+        found = niw(options.fit(hierarchy, source), budget)
         return found | {"NIW-Meta, widened": widened(found["NIW-Meta"], source)}
+
+    def detached(source: EpisodeSource) -> dict[str, Predict]:
+        options = NIWMeta(GaussNewton(2), expectation="quadratic", lr=5e-3, **common)
+        found = niw(options.fit(hierarchy, source), budget, 5 if budget.tests == 256 else 2)
+        return {f"{name}, fit held fixed": predict for name, predict in found.items()}
 
     def abml(source: EpisodeSource) -> dict[str, Predict]:
         options = ABML(inner_steps=5, inner_lr=0.02 * sigma**2, lr=5e-3, **common)
@@ -166,6 +173,7 @@ def regression_learners(part: str, budget: Budget) -> dict[str, Callable[[Episod
 
     return {
         "NIW-Meta": meta,
+        "NIW-Meta, fit held fixed": detached,
         "MAML": lambda s: {
             "MAML": constant_noise(MAML(inner_steps=5, inner_lr=inner, lr=5e-3, **common).fit(relu, unit, s), s)
         },
@@ -195,7 +203,7 @@ def class_learners(budget: Budget) -> dict[str, Callable[[EpisodeSource], dict[s
     def meta(source: EpisodeSource) -> dict[str, Predict]:
         prior = NormalInverseGamma.around(network.start, 1.0, 10.0, 0.01)
         options = NIWMeta(local=GaussNewton(2), expectation="quadratic", lr=5e-3, **common)
-        return niw(options.fit(Hierarchy(network, law, prior), source), budget)
+        return niw(options.fit(Hierarchy(network, law, prior), source), budget, 5 if budget.tests == 256 else 2)
 
     def maml(source: EpisodeSource) -> dict[str, Predict]:
         fitted = MAML(inner_steps=5, inner_lr=0.1, lr=5e-3, **common).fit(network, law, source)
