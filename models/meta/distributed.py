@@ -7,6 +7,7 @@ many workers there are, but for rounding. `NIWMeta` shares its episodes wherever
 
     # train.py
     import os
+    from datetime import timedelta
     import torch
     from models.meta import NIWMeta
     from ppl.monitor import Monitor
@@ -15,7 +16,7 @@ many workers there are, but for rounding. `NIWMeta` shares its episodes wherever
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=2))
     hierarchy, source = ...  # the same on all workers, on their device
     generator = torch.Generator(device).manual_seed(0)
     monitor = Monitor(checkpoint="train.checkpoint", generator=generator)
@@ -27,7 +28,8 @@ many workers there are, but for rounding. `NIWMeta` shares its episodes wherever
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 --max-restarts=3 train.py
 
 Worker 0 alone reads and writes checkpoints. When a worker dies torchrun ends the others and starts all of them again;
-they go on from the checkpoint, with as many workers or with another number.
+they go on from the checkpoint, with as many workers or another number. A worker that hangs counts as dead after the
+timeout, which is half an hour with gloo if none is given; it must be longer than a step.
 """
 
 from __future__ import annotations
