@@ -1,10 +1,12 @@
-"""What options of many backends have in common: whole numbers of at least so many."""
+"""What options of many backends have in common: whole numbers of at least so many, and positive numbers."""
 
 from __future__ import annotations
 
+import math
+
 from ppl.errors import OptionError
 
-__all__ = ["check_integers"]
+__all__ = ["check_integers", "check_positive"]
 
 
 def check_integers(options: object, **least: int) -> None:
@@ -28,3 +30,22 @@ def check_integers(options: object, **least: int) -> None:
         value = getattr(options, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise OptionError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raise unless the named options are positive and finite.
+
+    Raises:
+        OptionError: one is not.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_positive(SimpleNamespace(lr=0.1), "lr")
+        >>> check_positive(SimpleNamespace(lr=0.0), "lr")
+        Traceback (most recent call last):
+        ppl.errors.OptionError: lr must be positive and finite, got 0.0
+    """
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise OptionError(f"{name} must be positive and finite, got {value!r}")

@@ -8,14 +8,17 @@ from __future__ import annotations
 from models.meta.adaptation import Adapted, ClosedForm, Variational, adapt
 from models.meta.cavi import CoordinateAscent
 from models.meta.episodes import Episodes, EpisodeSource, Points
+from models.meta.fisher import Fisher
 from models.meta.fitted_meta import FittedMeta
+from models.meta.gauss_newton import GaussNewton
 from models.meta.guides import amortised_guide, empirical_bayes_guide
-from models.meta.local import SGLD, Fisher, GaussNewton, LocalNormal
+from models.meta.local import LocalNormal
 from models.meta.maml import MAML, FittedMAML
 from models.meta.network import Bernoulli, Categorical, Gaussian, Likelihood, Network, mlp
 from models.meta.niw import NIWMeta
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart
 from models.meta.program import Hierarchy, hierarchy_of
+from models.meta.sgld import SGLD
 from models.meta.sleep_study import sleep_study
 from models.meta.tasks import LinearRegressions, LineSine, Sinusoids
 from models.meta.tasks_images import FewShot, few_shot_digits, few_shot_fashion, few_shot_omniglot

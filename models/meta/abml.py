@@ -13,11 +13,10 @@ from torch import Tensor
 
 from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
-from models.meta.local import positive_options
 from models.meta.network import Likelihood, Network
 from models.meta.predictive import Predictive
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["ABML", "FittedABML"]
 
@@ -60,7 +59,7 @@ class ABML:
 
     def __post_init__(self) -> None:
         check_integers(self, inner_steps=0, draws=1, steps=1, batch=1)
-        positive_options(self, "inner_lr", "spread", "lr")
+        check_positive(self, "inner_lr", "spread", "lr")
 
     def fit(
         self,

@@ -16,11 +16,11 @@ from torch.func import jvp, vmap
 
 from models.meta.episodes import Episodes, Points
 from models.meta.fitted_meta import FittedMeta
-from models.meta.local import LocalFit, LocalNormal, close, positive_options
+from models.meta.local import LocalFit, LocalNormal, close
 from models.meta.niw_math import NormalInverseGamma
 from models.meta.predictive import Predictive
 from ppl.errors import OptionError
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 from ppl.vi.ascent import adam
 
 __all__ = ["Adaptation", "Adapted", "ClosedForm", "Variational", "adapt"]
@@ -74,7 +74,7 @@ class Variational:
 
     def __post_init__(self) -> None:
         check_integers(self, steps=0, draws=1)
-        positive_options(self, "lr")
+        check_positive(self, "lr")
 
     def __call__(self, fitted: FittedMeta, points: Points, generator: torch.Generator) -> LocalNormal:
         """See `Adaptation`."""

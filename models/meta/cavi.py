@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 
 from models.meta.fitted_meta import FittedMeta
-from models.meta.local import GaussNewton, close, second_moment
+from models.meta.gauss_newton import GaussNewton
+from models.meta.local import close, second_moment
 from models.meta.network import Gaussian
 from models.meta.niw_math import GlobalLaw, NormalInverseWishart
 from models.meta.program import hierarchy_of

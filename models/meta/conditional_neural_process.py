@@ -13,12 +13,11 @@ from torch import Tensor
 
 from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.local import positive_options
 from models.meta.network import Gaussian, Network, mlp
 from models.meta.predictive import Predictive
 from ppl.errors import ShapeError
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["ConditionalNeuralProcess", "FittedNeuralProcess"]
 
@@ -54,7 +53,7 @@ class ConditionalNeuralProcess:
 
     def __post_init__(self) -> None:
         check_integers(self, width=1, steps=1, batch=1)
-        positive_options(self, "floor", "lr")
+        check_positive(self, "floor", "lr")
 
     def fit(
         self,

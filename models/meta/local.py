@@ -8,32 +8,28 @@ The fit runs without a graph and nothing of it is kept; m_i and V_i carry gradie
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import vmap
 
 from models.meta.distributed import episode_noise
 from models.meta.episodes import Points
 from models.meta.niw_math import GlobalLaw
 from models.meta.program import Hierarchy
-from ppl.errors import OptionError
-from ppl.option_checks import check_integers
-from ppl.vi.ascent import adam
 
 __all__ = [
-    "SGLD",
-    "Fisher",
-    "GaussNewton",
     "LocalFit",
     "LocalNormal",
     "Quadratic",
     "close",
-    "positive_options",
+    "curvature_of",
+    "losses_and_gradients",
+    "multiplied",
     "second_moment",
+    "start_at",
 ]
 
 
@@ -195,9 +191,6 @@ def second_moment(mean: Tensor, covariance: Tensor, full: bool) -> Tensor:
     return (variance + mean.square()).mean(0)
 
 
-# Fits -----------------------------------------------------------------------------------------------------------------
-
-
 class LocalFit(Protocol):
     """Fits a quadratic form to the loss of each of b episodes; keeps no graph and no state.
 
@@ -211,208 +204,19 @@ class LocalFit(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SGLD:
-    """Moments of stochastic-gradient Langevin iterates from m_0: A^-1 is their variance, the fit's centre their mean.
-
-    theta <- theta - step / 2 grad l_i(theta) + sqrt(step) xi
-
-    Args:
-        steps: iterates.
-        burnin: first iterates left out of the moments.
-        step: size of a step, in squared units of theta.
-        precision_max: largest A of a coordinate.
-
-    Raises:
-        OptionError: an option is out of range.
-
-    Source: Kim & Hospedales (2024) [read: reviews and the README; which moments, inferred]
-    """
-
-    steps: int = 5
-    burnin: int = 0
-    step: float = 1e-3
-    precision_max: float = 1e3
-
-    def __post_init__(self) -> None:
-        check_integers(self, steps=2, burnin=0)
-        if self.steps - self.burnin < 2:
-            raise OptionError(f"a variance takes two iterates after the burn-in, got {self.steps} - {self.burnin}")
-        positive_options(self, "step", "precision_max")
-
-    @torch.no_grad()
-    def __call__(
-        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
-    ) -> Quadratic:
-        """See `LocalFit`."""
-        theta = _start(law, points)
-        mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
-        own: dict[str, Any] = {"generator": generator, "dtype": theta.dtype, "device": theta.device}
-        for k in range(self.steps):
-            _, grad = _gradient(hierarchy, theta, points, sigma)
-            noise = episode_noise(lambda shape: torch.randn(shape, **own), theta.shape, generator)
-            theta = theta - 0.5 * self.step * grad + math.sqrt(self.step) * noise
-            if k >= self.burnin:
-                off = theta - mean
-                mean = mean + off / (k - self.burnin + 1)
-                square = square + off * (theta - mean)
-        curvature = ((self.steps - self.burnin - 1) / square).clamp(max=self.precision_max)
-        constant = hierarchy.losses(mean, points, sigma) + 0.5 * (curvature * mean.square()).sum(-1)
-        return Quadratic(curvature * mean, curvature, None, constant)
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """The diagonal of the Fisher information at a point near the mode; memory of one gradient, for large networks.
-
-    Adam walks from m_0 towards the mode of l_i + (theta - m_0)' P (theta - m_0) / 2; the diagonal is then estimated by
-    Hutchinson's probes, one vector-Jacobian product each. The point is taken for the mode.
-
-    Args:
-        steps: of Adam.
-        lr: its learning rate.
-        probes: of the diagonal.
-
-    Raises:
-        OptionError: an option is out of range.
-    """
-
-    steps: int = 10
-    lr: float = 0.02
-    probes: int = 8
-
-    def __post_init__(self) -> None:
-        check_integers(self, steps=1, probes=1)
-        positive_options(self, "lr")
-
-    @torch.no_grad()
-    def __call__(
-        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
-    ) -> Quadratic:
-        """See `LocalFit`."""
-        theta, precision = _start(law, points), law.precision()
-        first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-        for k in range(self.steps):
-            _, grad = _gradient(hierarchy, theta, points, sigma)
-            grad = grad + _multiplied(precision, theta - law.mean)
-            theta, first, second = adam(theta, first, second, k + 1, -grad, self.lr)
-        with torch.enable_grad():
-            at = theta.clone().requires_grad_()
-            outputs = hierarchy.network(at, points.x)
-        _, root = _curvature(hierarchy, outputs.detach(), points, sigma)
-        diagonal = torch.zeros_like(theta)
-        own: dict[str, Any] = {"generator": generator, "dtype": root.dtype, "device": root.device}
-        for probe in range(self.probes):
-            bits = episode_noise(lambda shape: torch.randint(2, shape, **own), root.shape[:-1], generator)
-            sign = 2.0 * bits - 1.0
-            weight = (root @ sign[..., None])[..., 0].reshape(outputs.shape)
-            (part,) = torch.autograd.grad(outputs, at, weight, retain_graph=probe + 1 < self.probes)
-            diagonal += part.square() / self.probes
-        natural = diagonal * theta + _multiplied(precision, theta - law.mean)
-        constant = hierarchy.losses(theta, points, sigma)
-        constant = constant + (natural * theta).sum(-1) - 0.5 * (diagonal * theta.square()).sum(-1)
-        return Quadratic(natural, diagonal, None, constant)
-
-
-@dataclass(frozen=True)
-class GaussNewton:
-    """Gauss-Newton steps to the mode, and the generalised Gauss-Newton matrix there with all its correlations.
-
-    A = J' F J with F the Fisher information of the outputs; h = A theta - grad l_i. Exact for a network that is linear
-    in theta with Gaussian targets. A is kept by one row for each output of each point, and no d x d matrix is formed
-    unless the global law has one.
-
-    Args:
-        steps: Gauss-Newton steps; 1 linearises at m_0 alone.
-        halvings: how often a step that does not lower the objective is halved.
-        through: differentiate the linearisation at m_0 itself, so that training also shapes the derivatives that an
-            episode adapts along; for `steps=1`, and for about four times the time.
-
-    Raises:
-        OptionError: an option is out of range.
-    """
-
-    steps: int = 3
-    halvings: int = 4
-    through: bool = False
-
-    def __post_init__(self) -> None:
-        check_integers(self, steps=1, halvings=0)
-        if self.through and self.steps > 1:
-            raise OptionError(f"through=True takes one linearisation, at m_0: steps=1, got {self.steps}")
-
-    def __call__(
-        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
-    ) -> Quadratic:
-        """See `LocalFit`."""
-        if self.through:
-            return self._form(hierarchy, law.mean.expand(len(points.x), -1), points, sigma)
-        return self._fitted(hierarchy, law, points, sigma, generator)
-
-    @torch.no_grad()
-    def _fitted(
-        self, hierarchy: Hierarchy, law: GlobalLaw, points: Points, sigma: Tensor | None, generator: torch.Generator
-    ) -> Quadratic:
-        """Steps without a graph."""
-        theta, precision = _start(law, points), law.precision().detach()
-        mean = law.mean.detach()
-
-        def objective(at: Tensor) -> Tensor:
-            off = at - mean
-            return hierarchy.losses(at, points, sigma) + 0.5 * (off * _multiplied(precision, off)).sum(-1)
-
-        form = self._form(hierarchy, theta, points, sigma)
-        for _ in range(self.steps - 1):
-            move, value = close(form, mean, precision).mean - theta, objective(theta)
-            size = torch.ones_like(value)
-            for _ in range(self.halvings):
-                worse = ~(objective(theta + size[:, None] * move) <= value)
-                size = torch.where(worse, 0.5 * size, size)
-            theta = torch.where(
-                (objective(theta + size[:, None] * move) <= value)[:, None], theta + size[:, None] * move, theta
-            )
-            form = self._form(hierarchy, theta, points, sigma)
-        return form
-
-    def _form(self, hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor | None) -> Quadratic:
-        """The form at theta (b, d)."""
-        network = hierarchy.network
-        outputs = network(theta, points.x)
-
-        def alone(theta: Tensor, x: Tensor) -> Tensor:
-            return network.one(theta, x[None])[0]
-
-        # Point by point: a derivative through all points at once would cost as many times more.
-        each = vmap(vmap(jacrev(alone), (None, 0)))(theta, points.x)
-        jacobian = each.reshape(*outputs.shape[:2], -1, network.dim)
-        slope, half = _curvature(hierarchy, outputs, points, sigma)
-        root = (half.mT @ jacobian).flatten(1, 2)
-        grad = torch.einsum("bpkd,bpk->bd", jacobian, slope)
-        along = torch.einsum("bqd,bd->bq", root, theta)
-        natural = torch.einsum("bqd,bq->bd", root, along) - grad
-        constant = hierarchy.losses(theta, points, sigma) + (natural * theta).sum(-1) - 0.5 * along.square().sum(-1)
-        return Quadratic(natural, None, root, constant, theta)
-
-
-def positive_options(options: object, *names: str) -> None:
-    """Raise OptionError unless the named options are positive and finite."""
-    for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise OptionError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _start(law: GlobalLaw, points: Points) -> Tensor:
+def start_at(law: GlobalLaw, points: Points) -> Tensor:
     """m_0 for each episode, (b, d)."""
     return law.mean.detach().expand(len(points.x), -1).clone()
 
 
-def _multiplied(precision: Tensor, vectors: Tensor) -> Tensor:
+def multiplied(precision: Tensor, vectors: Tensor) -> Tensor:
     """P times each of (b, d)."""
     return vectors @ precision if precision.ndim == 2 else vectors * precision
 
 
-def _gradient(hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+def losses_and_gradients(
+    hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Losses (b,) and their gradients (b, d)."""
     with torch.enable_grad():
         at = theta.detach().requires_grad_()
@@ -421,7 +225,7 @@ def _gradient(hierarchy: Hierarchy, theta: Tensor, points: Points, sigma: Tensor
     return losses.detach(), grad
 
 
-def _curvature(hierarchy: Hierarchy, outputs: Tensor, points: Points, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+def curvature_of(hierarchy: Hierarchy, outputs: Tensor, points: Points, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
     """Slope (b, p, k) and half (b, p, k, k) of the loss in the outputs; zero where there is no point."""
     slope, half = vmap(lambda o, y: hierarchy.likelihood.curvature(o, y, sigma))(outputs, points.y)
     shown = points.mask.to(slope)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
-from models.meta.local import positive_options
 from models.meta.network import Likelihood, Network
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["MAML", "FittedMAML"]
 
@@ -62,7 +61,7 @@ class MAML:
 
     def __post_init__(self) -> None:
         check_integers(self, inner_steps=0, steps=1, batch=1)
-        positive_options(self, "inner_lr", "lr")
+        check_positive(self, "inner_lr", "lr")
         if self.order not in ("first", "second"):
             raise OptionError(f'order must be "first" or "second", got {self.order!r}')
 

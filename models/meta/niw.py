@@ -18,7 +18,8 @@ from torch import Tensor
 from models.meta.distributed import Workers
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.fitted_meta import FittedMeta
-from models.meta.local import GaussNewton, LocalFit, close, second_moment
+from models.meta.gauss_newton import GaussNewton
+from models.meta.local import LocalFit, close, second_moment
 from models.meta.niw_math import GlobalLaw, NormalInverseWishart
 from models.meta.program import Hierarchy, hierarchy_of
 from ppl.backend import Exactness

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.local import positive_options
 from models.meta.network import Categorical, Network
 from models.meta.predictive import Predictive
 from ppl.errors import DataError
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["FittedPrototypes", "Prototypical"]
 
@@ -51,7 +50,7 @@ class Prototypical:
 
     def __post_init__(self) -> None:
         check_integers(self, steps=1, batch=1)
-        positive_options(self, "lr")
+        check_positive(self, "lr")
 
     def fit(
         self,

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from models.meta.descent import descend
 from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.local import positive_options
 from models.meta.maml import MAML
 from models.meta.network import Likelihood, Network
 from models.meta.predictive import Predictive
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["FittedReptile", "Reptile"]
 
@@ -61,7 +60,7 @@ class Reptile:
 
     def __post_init__(self) -> None:
         check_integers(self, inner_steps=1, test_steps=0, steps=1, batch=1)
-        positive_options(self, "inner_lr", "lr")
+        check_positive(self, "inner_lr", "lr")
 
     def fit(
         self,

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from models.meta.descent import descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.local import positive_options
 from models.meta.network import Categorical, Gaussian, Network
 from models.meta.predictive import Predictive
 from ppl.monitor import Monitor
-from ppl.option_checks import check_integers
+from ppl.option_checks import check_integers, check_positive
 
 __all__ = ["FittedRidgeHead", "RidgeHead"]
 
@@ -55,7 +54,7 @@ class RidgeHead:
 
     def __post_init__(self) -> None:
         check_integers(self, steps=1, batch=1)
-        positive_options(self, "noise", "lr")
+        check_positive(self, "noise", "lr")
 
     def fit(
         self,
