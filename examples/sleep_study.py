@@ -17,9 +17,9 @@ from models.meta import sleep_study as people
 # %% data, each person's own least squares (slope, intercept), and restricted maximum likelihood of a balanced design
 
 SMOKE = "--smoke" in sys.argv
-torch.set_default_dtype(torch.float64)
+DOUBLE = torch.float64
 episodes = people()
-design = torch.cat([episodes.x_support[0], torch.ones(10, 1)], 1)
+design = torch.cat([episodes.x_support[0], torch.ones(10, 1, dtype=DOUBLE)], 1)
 gram = torch.linalg.inv(design.mT @ design)
 own = episodes.y_support @ design @ gram
 residual = (episodes.y_support - own @ design.mT).square().sum() / (18 * 8)
@@ -27,10 +27,9 @@ spread = (own.mT.cov() - residual * gram).diagonal().sqrt()
 
 # %% one program, three engines
 
-prior = NormalInverseWishart(
-    torch.tensor([0.0, 300.0]), torch.tensor(0.01), torch.tensor(4.0), torch.tensor([10.0, 30.0]).square().diag()
-)
-hierarchy = Hierarchy(Network(torch.nn.Linear(1, 1)), Gaussian(float(residual.sqrt())), prior)
+centre, share, count = (torch.tensor(v, dtype=DOUBLE) for v in ([0.0, 300.0], 0.01, 4.0))
+prior = NormalInverseWishart(centre, share, count, torch.tensor([100.0, 900.0], dtype=DOUBLE).diag())
+hierarchy = Hierarchy(Network(torch.nn.Linear(1, 1, dtype=DOUBLE)), Gaussian(float(residual.sqrt())), prior)
 program = hierarchy.program(episodes)
 natural = {"update": "natural", "expectation": "quadratic", "local": GaussNewton(steps=1)}
 engines = {
