@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.meta.descent import descend, slope_of
+from models.meta.descent import check_of, descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.network import Likelihood, Network
 from models.meta.predictive import Predictive
@@ -85,10 +85,6 @@ class ABML:
             DataError: episodes without queries.
         """
 
-        def check(drawn: Episodes) -> None:
-            likelihood.check(drawn.points)
-            network.check(drawn.support.x[0])
-
         def loss(theta: Tensor, drawn: Episodes, generator: torch.Generator) -> Tensor:
             posterior = self.adapted(network, likelihood, theta, drawn.support, generator)
             return self._bound(network, likelihood, posterior, theta, drawn.points, generator).mean()
@@ -96,7 +92,14 @@ class ABML:
         begin = network.start
         start = torch.cat([begin, torch.full_like(begin, self.spread).log()])
         theta, history = descend(
-            self, start, slope_of(loss), episodes, check=check, generator=generator, seed=seed, monitor=monitor
+            self,
+            start,
+            slope_of(loss),
+            episodes,
+            check=check_of(network, likelihood),
+            generator=generator,
+            seed=seed,
+            monitor=monitor,
         )
         return FittedABML(self, network, likelihood, theta, history)
 

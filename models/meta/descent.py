@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from models.meta.episodes import Episodes, EpisodeSource
+from models.meta.network import Likelihood, Network
 from ppl.errors import DataError
 from ppl.monitor import Monitor
 from ppl.vi.ascent import adam
 
-__all__ = ["Direction", "descend", "slope_of"]
+__all__ = ["Direction", "check_of", "descend", "slope_of"]
 
 Direction = Callable[[Tensor, Episodes, torch.Generator], tuple[Tensor, Tensor]]
 """(theta, episodes, generator) -> loss () and what to go against, (d,)."""
@@ -110,3 +111,13 @@ def slope_of(loss: Callable[[Tensor, Episodes, torch.Generator], Tensor]) -> Dir
         return value.detach(), gradient
 
     return direction
+
+
+def check_of(network: Network, likelihood: Likelihood) -> Callable[[Episodes], None]:
+    """Whether the targets suit the likelihood and the inputs the network."""
+
+    def check(drawn: Episodes) -> None:
+        likelihood.check(drawn.points)
+        network.check(drawn.support.x[0])
+
+    return check

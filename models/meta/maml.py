@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.meta.descent import descend, slope_of
+from models.meta.descent import check_of, descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.network import Likelihood, Network
 from ppl.errors import OptionError
@@ -92,16 +92,12 @@ class MAML:
         def loss(theta: Tensor, drawn: Episodes, generator: torch.Generator) -> Tensor:
             return self.losses(network, likelihood, theta, drawn).mean()
 
-        def check(drawn: Episodes) -> None:
-            likelihood.check(drawn.points)
-            network.check(drawn.support.x[0])
-
         theta, history = descend(
             self,
             network.start,
             slope_of(loss),
             episodes,
-            check=check,
+            check=check_of(network, likelihood),
             generator=generator,
             seed=seed,
             monitor=monitor,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.meta.descent import descend
+from models.meta.descent import check_of, descend
 from models.meta.episodes import Episodes, EpisodeSource
 from models.meta.maml import MAML
 from models.meta.network import Likelihood, Network
@@ -91,16 +91,12 @@ class Reptile:
             off = theta - inner.adapted(network, likelihood, theta, drawn.points)
             return off.square().sum(-1).mean(), off.mean(0)
 
-        def check(drawn: Episodes) -> None:
-            likelihood.check(drawn.points)
-            network.check(drawn.support.x[0])
-
         theta, history = descend(
             self,
             network.start,
             direction,
             episodes,
-            check=check,
+            check=check_of(network, likelihood),
             generator=generator,
             seed=seed,
             monitor=monitor,
