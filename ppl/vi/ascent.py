@@ -112,7 +112,8 @@ class Ascent:
         rate = options.learning_rate(step)
         self._adam(gradient, rate)
         if self.natural:
-            self._replace(self.guide.natural_step(detached(own), noise, grad_z, min(NATURAL * rate, 0.5)))  # type: ignore[attr-defined]
+            natural, trust = min(NATURAL * rate, 0.5), rate / options.lr
+            self._replace(self.guide.natural_step(detached(own), noise, grad_z, natural, trust))  # type: ignore[attr-defined]
         begin = round(options.steps * (1 - options.average))
         if options.average and step >= begin:
             self.average = self.average + (self.theta - self.average) / (step - begin + 1)

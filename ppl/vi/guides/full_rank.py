@@ -70,7 +70,9 @@ class FullRank:
         u = torch.linalg.solve_triangular(params["lower"].mT, u, upper=True, left=False, unitriangular=True)
         return -0.5 * u.square().sum(1) - params["log_scale"].sum() - 0.5 * z.shape[1] * LOG_2PI
 
-    def natural_step(self, params: Params, noise: Tensor, gradient: Tensor, rate: float) -> dict[str, Tensor]:
+    def natural_step(
+        self, params: Params, noise: Tensor, gradient: Tensor, rate: float, trust: float = 1.0
+    ) -> dict[str, Tensor]:
         """Parameters after one step of the natural gradient.
 
         Args:
@@ -78,6 +80,7 @@ class FullRank:
             noise: (lanes, dim) noise of the draws.
             gradient: (lanes, dim) gradient of log p at the draws.
             rate: learning rate, below 1.
+            trust: bound on what the noise of one step may do to the logarithm of the covariance (Frobenius norm).
 
         Source: Khan & Nielsen (2018) for the rule [inferred]; in these coordinates, and its bounds [derived].
         """
@@ -88,7 +91,13 @@ class FullRank:
         mean = w.mean(0)
         lanes = len(noise)
         centred = noise - noise.mean(0) if lanes > 1 else noise
-        slope = (w - mean if lanes > 1 else w).mT @ centred / max(lanes - 1, 1)
+        w = w - mean if lanes > 1 else w
+        slope = w.mT @ centred / max(lanes - 1, 1)
+        # Few draws in many dimensions see a slope that is mostly noise. Its standard error, all entries together, is
+        # what a step adds to the logarithm of the covariance by chance: at most `trust`.
+        each = (w.square().sum(1) * centred.square().sum(1)).mean()
+        error = ((each - slope.square().sum()).clamp_min(0) / max(lanes - 1, 1)).sqrt()
+        rate = min(rate, trust / float(error.clamp_min(torch.finfo(error.dtype).tiny)))
         values, vectors = torch.linalg.eigh((slope + slope.mT) / 2)
         # Far from the posterior a step may be asked to do anything: a variance moves by at most a factor of two, and
         # the centre by at most about one standard deviation in each direction.

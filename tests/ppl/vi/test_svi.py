@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pyro
@@ -354,3 +355,27 @@ def test_natural_gradients_do_not_see_scales_and_correlations() -> None:
 
     assert error(True) < 1e-3
     assert error(False) > 0.1  # what the rule is for
+
+
+def test_natural_gradients_of_few_draws_in_many_dimensions_stay_bounded() -> None:
+    """Eight draws see 65 dimensions mostly as noise: unbounded, both rates here double variances until log p is -inf.
+
+    A fit with a rate of .005 is slow enough to average the noise away, and is what the others have to reach.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(40, 64, generator=generator) / 4
+    data = torch.sin(weights @ torch.randn(64, generator=generator)) + 0.4 * torch.randn(40, generator=generator)
+
+    def model(y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.LogNormal(math.log(0.3), 0.7))
+        x = pyro.sample("x", dist.Normal(torch.zeros(64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(torch.sin(weights @ x), sigma).to_event(1), obs=y)
+
+    def bound(lr: float) -> tuple[float, float]:
+        last = SVI(guide=FullRank(), steps=600, particles=8, lr=lr).fit(ppl.Program(model, data), seed=0).history[-100:]
+        return float(last.mean()), float(last.std() / 10)
+
+    careful, error = bound(0.005)
+    for lr in (0.1, 0.02):
+        found, own = bound(lr)
+        assert found > careful - 4 * math.hypot(error, own)
