@@ -47,6 +47,26 @@ def plain() -> ppl.Program:
     return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
 
 
+def switched() -> ppl.Program:
+    """A coin decides the mean; its guide's score needs a baseline, whose running average is state as well."""
+
+    def model(y: Tensor) -> None:
+        coin = pyro.sample("coin", dist.Bernoulli(torch.tensor(0.4, dtype=F64)))
+        mu = pyro.sample("mu", dist.Normal(2 * coin - 1, 0.5))
+        pyro.sample("y", dist.Normal(mu[..., None].expand(*mu.shape, 2), 0.7).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
+
+
+def coins(y: Tensor) -> None:
+    """A guide for `switched`."""
+    logit = pyro.param("logit", torch.zeros((), dtype=F64))
+    pyro.sample("coin", dist.Bernoulli(logits=logit), infer={"estimator": "decaying_average"})
+    loc = pyro.param("loc", torch.zeros((), dtype=F64))
+    scale = pyro.param("scale", torch.ones((), dtype=F64), constraint=dist.constraints.positive)
+    pyro.sample("mu", dist.Normal(loc + 0 * y[0], scale))
+
+
 def path() -> ppl.Program:
     process = sde.Process(lambda x, t: torch.sin(x), 1.0, sde.MarkovNoise(0.7, 1.0, "I", 2))
     law = sde.Path(process, torch.tensor([0.3, 0.6, 1.0], dtype=F64), torch.zeros(1, dtype=F64))
@@ -85,6 +105,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "ParticleGibbs": (lambda: inverse.ParticleGibbs(particles=3, warmup=4), path),
     "SDEMatching": (lambda: inverse.SDEMatching(steps=12, particles=4, times=4, knots=2), brownian_path),
     "SVI": (lambda: ppl.SVI(guide=ppl.FullRank(), steps=12), plain),
+    "SVI of an objective, traced": (lambda: ppl.SVI(guide=coins, steps=240, particles=4), switched),
+    "SVI of an objective, by handlers": (
+        lambda: ppl.SVI(guide=coins, objective=ppl.objectives.IWELBO(3), steps=12, estimators={"coin": "reinforce"}),
+        switched,
+    ),
     "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
     "TwistedSMC on many problems": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), many),
 }
