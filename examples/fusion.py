@@ -45,11 +45,12 @@ states, _ = particle_filter(lambda x, now: log_likelihood(x, now[:, None]), moti
 
 # %% figure: the track with 90 % ellipses, and the error of the place over time
 
-figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=[1, 1, 1.1])
+figure = plt.figure(figsize=(13, 4), layout="constrained")
+first = figure.add_subplot(1, 3, 1)
+axes = [first, figure.add_subplot(1, 3, 2, sharex=first, sharey=first), figure.add_subplot(1, 3, 3)]
 angle = torch.linspace(0, 2 * torch.pi, 60, dtype=torch.float64)
 circle = 2.146 * torch.stack([angle.cos(), angle.sin()])  # the root of the 90 % point of chi-square, two degrees
 places = [0, 2]
-box = [(float(c.min()) - 1, float(c.max()) + 1) for c in truth[:, 0, places].T]
 for i, (axis, (name, found)) in enumerate(zip(axes, tracks.items(), strict=False)):
     for q in found:
         spread = torch.linalg.cholesky(q.covariance[0][places][:, places]) @ circle
@@ -57,12 +58,11 @@ for i, (axis, (name, found)) in enumerate(zip(axes, tracks.items(), strict=False
     axis.plot(*(y[:, 0, :1] * torch.stack([y[:, 0, 1].cos(), y[:, 0, 1].sin()], 1)).T, "kx", ms=5, label="measured")
     axis.plot(*truth[:, 0, places].T, "k.-", lw=1, label="truth")
     axis.plot(*states[:, 0].mean(1)[:, places].T, "C2--", lw=1, label=f"{PARTICLES} particles")
-    axis.set(title=name, aspect="equal", xlim=box[0], ylim=box[1], xlabel="x", ylabel="y")
+    axis.set(title=name, aspect="equal", xlabel="x", ylabel="y")
     error = torch.stack([q.mean[0] for q in found]) - truth[:, 0]
     axes[2].plot(error[:, places].norm(dim=1), color=f"C{i}", label=name)
 axes[0].legend(frameon=False, fontsize=7)
 axes[2].plot((states[:, 0].mean(1) - truth[:, 0])[:, places].norm(dim=1), "C2--", label=f"{PARTICLES} particles")
 axes[2].set(xlabel="step", ylabel="error of the place", ylim=(0, None))
 axes[2].legend(frameon=False, fontsize=7)
-figure.tight_layout()
 figure.savefig("fusion.png", dpi=150)
