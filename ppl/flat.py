@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ppl.errors import ProgramError, ShapeError
-from ppl.graph import LaneFunction
+from ppl.graph import COMPILE_NODES, LaneFunction
 from ppl.sites import Layout, Leaf, unwrap
 from ppl.trace import Run, log_prob_of
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ppl.native import NativeDensity
     from ppl.program import Program
 
 __all__ = ["FlatDensity"]
@@ -141,6 +142,31 @@ class FlatDensity:
             return value.item(), (grad[0] if plain else grad[0].double().cpu()).numpy()
 
         return evaluate
+
+    def native(self, z: Tensor, calls: int) -> NativeDensity | None:
+        """Value and gradient at one point as a C function, for `calls` calls; None where that fails or does not pay.
+
+        Counts decide, not the clock, so that the same seed takes the same path: a graph spends 4 us and more on each of
+        its operations in each call, the C compiler a quarter of a second and 2 ms on each.
+        """
+        from ppl.native import native_density
+
+        plain = self.program.device.type == "cpu" and self.program.problems is None
+        if self._outside or not plain or self.program.compile != "auto":
+            return None
+        lane, _ = self._lane(z, scored=False)
+        function = self._density(lane)
+        captured = function.captured(lane, self._shared(), ("z",), calls)
+        if captured is None:
+            return None
+        graph, inputs = captured
+        nodes = len(graph.graph.nodes)
+        if nodes > COMPILE_NODES or 4e-6 * nodes * calls < 0.25 + 0.002 * nodes:
+            return None
+        density, reason = native_density(graph, inputs)
+        if reason and reason not in function.notes:
+            function.notes.append(reason)
+        return density
 
     # Between the two spaces ------------------------------------------------------------------------------------------
 

@@ -146,6 +146,22 @@ class LaneFunction:
 
         return call
 
+    def captured(
+        self, lane: Inputs, shared: Inputs, wrt: Sequence[str], calls: int
+    ) -> tuple[fx.GraphModule, list[Tensor]] | None:
+        """The graph of value and gradients for this lane count with its inputs; None where it does not pay or fails."""
+        key = (self._lanes(lane), tuple(wrt))
+        runner = self._runners.setdefault(key, self._plain(key[1]))
+        args = self._args(lane, shared)
+        if self.batching == "loop" or (runner.kind == "vmap" and not self._worth_capturing(runner, args, calls)):
+            return None
+        self._freeze(runner, args)
+        if runner.graph is None:
+            return None
+        with torch.no_grad():
+            once = runner.call.results(args[runner.call.lanes :]) if isinstance(runner.call, Split) else []
+        return runner.graph, [*args, *once]
+
     def _run(self, wrt: tuple[str, ...] | None, lane: Inputs, shared: Inputs) -> Sequence[Tensor]:
         key = (self._lanes(lane), wrt)
         runner = self._runners.get(key)

@@ -2,8 +2,9 @@
 
     H(z, p) = -log pi(z) + p' M^{-1} p / 2,   trajectories doubled until they turn back
 
-One draw at a time with gradients of one lane, so the density is compiled where the calls to come repay it. Chains run
-one after the other, or `cores` at a time, each with its own seed: a killed run keeps its finished chains.
+One draw at a time with gradients of one lane. Where the calls to come repay it the density becomes a C function, which
+nutpie calls without Python in between; otherwise, and where that fails, it is the graph. Chains run one after the
+other, or `cores` at a time, each with its own seed: a killed run keeps its finished chains.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 
     from ppl.flat import FlatDensity
     from ppl.monitor import Monitor
+    from ppl.native import NativeDensity, NativeState
     from ppl.posterior import Posterior
     from ppl.program import Program
 
 __all__ = ["NUTS"]
 
-POLL = 0.01  # seconds between looks at the running chains
+POLL = 0.01  # seconds between looks at the running chains, once they have been running for a while
+FIRST_POLL = 2e-4
 GRADIENTS_PER_DRAW = 16  # typical; decides whether compiling pays
 
 # nutpie's statistics under ArviZ's names.
@@ -52,6 +55,14 @@ class _BadPoint(ArithmeticError):
     """The density has no value here; nutpie counts a divergence."""
 
     is_recoverable = True
+
+
+@dataclass
+class _Counts:
+    """What a chain has done so far."""
+
+    gradients: int = 0
+    stored: int = 0
 
 
 @register
@@ -123,15 +134,19 @@ class NUTS:
         waiting = [i for i in range(chains) if i not in done]
         cores = self.cores
         partial: list[dict[str, Tensor]] = []
+        facts = {}
         if waiting:
             starts = {i: begin(1, _generator(program, seeds[i])) for i in waiting}
-            kind = flat.prepare(starts[waiting[0]], GRADIENTS_PER_DRAW * len(waiting) * (self.warmup + draws))
-            if cores > 1 and kind not in ("graph", "inductor"):
+            each = GRADIENTS_PER_DRAW * (self.warmup + draws)
+            native = flat.native(starts[waiting[0]], each * chains)  # a resumed run must take the path of the first
+            kind = "native" if native is not None else flat.prepare(starts[waiting[0]], each * len(waiting))
+            facts["density"] = kind
+            if cores > 1 and kind not in ("native", "graph", "inductor"):
                 monitor.note(f"cores={cores} ignored: the model runs as Python code ({kind}), one chain at a time")
                 cores = 1
             for first in range(0, len(waiting), cores):
                 group = waiting[first : first + cores]
-                results = self._group(flat, group, seeds, starts, draws, monitor)
+                results = self._group(flat, native, group, seeds, starts, draws, monitor)
                 for i, result in zip(group, results, strict=True):
                     if len(result["z"]) == draws:
                         done[i] = result
@@ -146,11 +161,12 @@ class NUTS:
         z = columns.pop("z").to(device=program.device, dtype=program.dtype)
         complete = len(kept) == chains and length == draws
         info = {n: v.to(program.device) for n, v in columns.items()}
-        return posterior_of(program, flat, z, info, monitor, complete=complete)
+        return posterior_of(program, flat, z, info, monitor, complete=complete, **facts)
 
     def _group(
         self,
         flat: FlatDensity,
+        native: NativeDensity | None,
         group: list[int],
         seeds: list[int],
         starts: dict[int, Tensor],
@@ -158,14 +174,16 @@ class NUTS:
         monitor: Monitor,
     ) -> list[dict[str, Tensor]]:
         """Run some chains at the same time, each in a sampler of its own."""
-        running = [_Chain(self, flat, seeds[i], starts[i], draws) for i in group]
+        running = [_Chain(self, flat, native, seeds[i], starts[i], draws) for i in group]
         label = f"chain {group[0]}" if len(group) == 1 else f"chains {group[0]}-{group[-1]}"
         counted = 0
         seen = 0
+        pause = FIRST_POLL
         try:
             for step in monitor.steps(self.warmup + draws, label):
                 while min(c.stored for c in running) <= step and not monitor.interrupted:
-                    time.sleep(POLL)
+                    time.sleep(pause)
+                    pause = min(1.5 * pause, POLL)
                     for chain in running:
                         chain.check()
                     if all(c.finished for c in running):
@@ -187,56 +205,24 @@ class NUTS:
 class _Chain:
     """One chain in nutpie's background thread, watched from here."""
 
-    def __init__(self, options: NUTS, flat: FlatDensity, seed: int, start: Tensor, draws: int) -> None:
-        import numpy as np
+    def __init__(
+        self, options: NUTS, flat: FlatDensity, native: NativeDensity | None, seed: int, start: Tensor, draws: int
+    ) -> None:
         import nutpie
-        from nutpie.compiled_pyfunc import from_pyfunc
+
+        from ppl.native import nutpie_model
 
         self.dim = flat.dim
-        self.gradients = self.stored = 0
         self.failure: BaseException | None = None
         self.finished = False
         self._results: Any = None
-        evaluate = flat.one_lane()
         begin = start[0].detach().double().cpu().numpy()
-
-        def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
-            if self.failure is not None:
-                raise _BadPoint  # a plain exception here would be a panic of the sampler
-            self.gradients += 1
-            try:
-                value, gradient = evaluate(x)
-            except torch.linalg.LinAlgError:
-                raise _BadPoint from None
-            except BaseException as error:
-                self.failure = error
-                raise _BadPoint from None
-            if not np.isfinite(value) or not np.isfinite(gradient).all():
-                raise _BadPoint
-            return value, gradient
-
-        def expand(x: np.ndarray) -> dict[str, np.ndarray]:
-            self.stored += 1
-            return {"z": np.array(x, dtype=np.float64)}
-
-        def make_log_density() -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-            return log_density
-
-        def make_expand(seed1: int, seed2: int, chain: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-            return expand
-
-        def initial(seed: int) -> np.ndarray:
-            return begin.copy()
-
-        model = from_pyfunc(
-            flat.dim,
-            make_log_density,
-            make_expand,
-            [np.dtype("float64")],
-            [(flat.dim,)],
-            ["z"],
-            make_initial_point_fn=initial,
-        )
+        if native is None:
+            self._counts: _Counts | NativeState = _Counts()
+            model = self._python_model(flat, begin, self._counts)
+        else:
+            self._counts = native.state()
+            model = nutpie_model(self._counts, begin)
         self._background = nutpie.sample(  # aborts when it is garbage collected, so it is kept
             model,
             draws=draws,
@@ -252,6 +238,61 @@ class _Chain:
             maxdepth=options.max_depth,
         )
         self._sampler = self._background._sampler
+
+    @property
+    def gradients(self) -> int:
+        """Gradients so far."""
+        return self._counts.gradients
+
+    @property
+    def stored(self) -> int:
+        """Draws so far, those of the warmup included."""
+        return self._counts.stored
+
+    def _python_model(self, flat: FlatDensity, begin: np.ndarray, counts: _Counts) -> Any:
+        """The density as a Python function, for nutpie."""
+        import numpy as np
+        from nutpie.compiled_pyfunc import from_pyfunc
+
+        evaluate = flat.one_lane()
+
+        def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
+            if self.failure is not None:
+                raise _BadPoint  # a plain exception here would be a panic of the sampler
+            counts.gradients += 1
+            try:
+                value, gradient = evaluate(x)
+            except torch.linalg.LinAlgError:
+                raise _BadPoint from None
+            except BaseException as error:
+                self.failure = error
+                raise _BadPoint from None
+            if not np.isfinite(value) or not np.isfinite(gradient).all():
+                raise _BadPoint
+            return value, gradient
+
+        def expand(x: np.ndarray) -> dict[str, np.ndarray]:
+            counts.stored += 1
+            return {"z": np.array(x, dtype=np.float64)}
+
+        def make_log_density() -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+            return log_density
+
+        def make_expand(seed1: int, seed2: int, chain: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+            return expand
+
+        def initial(seed: int) -> np.ndarray:
+            return begin.copy()
+
+        return from_pyfunc(
+            flat.dim,
+            make_log_density,
+            make_expand,
+            [np.dtype("float64")],
+            [(flat.dim,)],
+            ["z"],
+            make_initial_point_fn=initial,
+        )
 
     def check(self) -> None:
         """Raise what went wrong in the chain; see whether it is finished."""
