@@ -52,14 +52,13 @@ for estimator in ("enum", "reinforce"):
 figure = plt.figure(figsize=(11, 3.4))
 left, middle = figure.subfigures(1, 2, width_ratios=(1, 2.2))
 axis = left.subplots()
-window = max(steps // 60, 1)
+window = max(steps // 60, 1)  # each point is the mean of a window of steps
 for name, fit in fits.items():
-    axis.plot(fit.history[: steps // window * window].reshape(-1, window).mean(1) / len(train), label=name)
-axis.set(
-    xlabel=f"steps / {window}", ylabel="bound on log p(picture), nats", title=f"counted right: {100 * score:.0f} %"
-)
+    means = fit.history[: steps // window * window].reshape(-1, window).mean(1) / len(train)
+    axis.plot(window * (torch.arange(len(means)) + 0.5), means, label=name)
+axis.set(xlabel="step", ylabel="bound on log p(picture), nats", title=f"counted right: {100 * score:.0f} %")
 axis.legend()
-grid = middle.subplots(2, 8)
+grid = middle.subplots(2, 8, gridspec_kw={"left": 0.02, "right": 0.99, "hspace": 0.1, "wspace": 0.1})
 for i, (top, bottom) in zip((truth > 0).nonzero()[:, 0].tolist(), grid.T, strict=False):
     top.imshow(test[i], cmap="gray", vmin=0, vmax=1)
     canvas = torch.zeros(SIZE, SIZE)
