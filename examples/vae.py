@@ -57,19 +57,20 @@ encoder, decoder = (fits["ELBO"].module(n, net) for n, net in (("encoder", encod
 
 figure = plt.figure(figsize=(10, 3.6))
 left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-axis = left.subplots()
+axis, window = left.subplots(), max(steps // 60, 1)  # each point is the mean of a window of steps
 for name, fit in fits.items():
-    window = max(steps // 60, 1)
-    axis.plot(fit.history[: steps // window * window].reshape(-1, window).mean(1) / len(train), label=name)
-axis.set(xlabel=f"steps / {window}", ylabel="bound on log p(digit), nats")
+    means = fit.history[: steps // window * window].reshape(-1, window).mean(1) / len(train)
+    axis.plot(window * (torch.arange(len(means)) + 0.5), means, label=name)
+axis.set(xlabel="step", ylabel="bound on log p(digit), nats")
 axis.legend()
 with torch.no_grad():
     loc, raw = encoder(held_out[:10]).chunk(2, -1)
     draw = loc + torch.nn.functional.softplus(raw) * torch.randn(10, CODE)
     rows = {"held out": held_out[:10], "mean": decoder(loc), "draw": decoder(draw)}
     rows |= {"new": decoder(torch.randn(10, CODE)), "": decoder(torch.randn(10, CODE))}
-for line, (name, images) in zip(right.subplots(len(rows), 10), rows.items(), strict=True):
-    line[0].set_title(name, fontsize=8, loc="left")
+grid = right.subplots(len(rows), 10, gridspec_kw={"left": 0.02, "right": 0.99, "hspace": 0.45, "wspace": 0.1})
+for line, (name, images) in zip(grid, rows.items(), strict=True):
+    line[0].set_title(name, fontsize=8, loc="left", pad=2)
     for place, image in zip(line, images, strict=True):
         place.imshow(image.reshape(8, 8), cmap="gray", vmin=0, vmax=1)
         place.set_axis_off()
