@@ -252,7 +252,9 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
         seconds.append(processor() - start)
         clock.append(time.perf_counter() - began)
         count = len(next(iter(draws.values()))[0]) if draws else 0
-        kinds.append(sorted({r.kind for f in program._functions.values() for r in f._runners.values()}))
+        runners = [r for f in program._functions.values() for r in f._runners.values()]
+        native = any(r.graph is not None and r.graph.meta.get("native", (None,))[0] is not None for r in runners)
+        kinds.append(sorted({r.kind for r in runners} | ({"native"} if native else set())))
         sizes.append(least_ess(draws) if count >= 4 else float(count))
         start, began = processor(), time.perf_counter()
     return {
@@ -271,10 +273,13 @@ def measure(name: str, engine: str, where: Path, seed: int) -> dict[str, Any]:
 
 def compile_density(program: Any, seed: int, lanes: int) -> None:
     """Compile the gradient of so many draws at once, where the calls of a first run did not repay that."""
+    flat = program.flat()
+    start = flat.initial(lanes, torch.Generator().manual_seed(seed))
+    if lanes == 1 and flat.native(start, 10**9) is not None:
+        return
     for function in program._functions.values():
         function.compile = "inductor"
-    flat = program.flat()
-    flat.prepare(flat.initial(lanes, torch.Generator().manual_seed(seed)), 1)
+    flat.prepare(start, 1)
 
 
 def chains_cost(name: str, rounds: int = 40, many: int = 1000, leapfrogs: int = 20) -> dict[str, Any]:

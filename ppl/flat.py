@@ -31,6 +31,8 @@ __all__ = ["FlatDensity"]
 
 INITIAL_TRIES = 100
 LANES_AT_ONCE = 256
+# What a graph spends on one operation in each call, and the C compiler on a density and on each operation of it.
+CALL_SECONDS, COMPILER_SECONDS, COMPILER_NODE_SECONDS = 4e-6, 0.25, 2e-3
 FAR = 1e4  # standard normal noise is never as large
 
 
@@ -146,8 +148,7 @@ class FlatDensity:
     def native(self, z: Tensor, calls: int) -> NativeDensity | None:
         """Value and gradient at one point as a C function, for `calls` calls; None where that fails or does not pay.
 
-        Counts decide, not the clock, so that the same seed takes the same path: a graph spends 4 us and more on each of
-        its operations in each call, the C compiler a quarter of a second and 2 ms on each.
+        Counts decide, not the clock, so that the same seed takes the same path.
         """
         from ppl.native import native_density
 
@@ -161,7 +162,7 @@ class FlatDensity:
             return None
         graph, inputs = captured
         nodes = len(graph.graph.nodes)
-        if nodes > COMPILE_NODES or 4e-6 * nodes * calls < 0.25 + 0.002 * nodes:
+        if nodes > COMPILE_NODES or CALL_SECONDS * nodes * calls < COMPILER_SECONDS + COMPILER_NODE_SECONDS * nodes:
             return None
         density, reason = native_density(graph, inputs)
         if reason and reason not in function.notes:

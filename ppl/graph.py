@@ -235,6 +235,9 @@ class LaneFunction:
             graph = capture(runner.call, *args)
             out_of_place(graph)  # rules of vmap write in place, as those for logical operations do
             graph = simplify(graph)
+            for node in graph.graph.nodes:
+                if node.target is torch.ops.aten.view.default:  # what was simplified may lie otherwise in memory
+                    node.target = torch.ops.aten.reshape.default
             parts = split_shared(graph, len(self._lane_names)) if self._lane_names else None
             if parts is None:
                 call: Callable[..., Sequence[Tensor]] = native(graph)

@@ -98,12 +98,15 @@ class NativeState:
 
         Raises:
             ArithmeticError: one of them is not finite there.
+            IndexError: an index among the data is out of range.
         """
         point = np.ascontiguousarray(x, dtype=np.float64)
         gradient, value = np.empty(self.density.dim), np.empty(1)
         code = self.density.log_density(
             len(point), point.ctypes.data, gradient.ctypes.data, value.ctypes.data, self.address
         )
+        if code < 0:
+            raise IndexError("an index among the data is out of range")
         if code:
             raise ArithmeticError("the density or its gradient is not finite here")
         return float(value[0]), gradient

@@ -101,6 +101,7 @@ class _Emitter:
             return Scalars(np.broadcast_to(array, tuple(tensor.shape)), tensor.dtype)
         self.constants.append(tensor)
         name = f"k{len(self.constants) - 1}"
+        self.write.constants[name] = tensor
         return Memory(name, 0, tuple(tensor.shape), inner_first(tuple(tensor.shape)), tensor.dtype)
 
     def _finish(self, value: Value, gradient: Value) -> None:
@@ -155,6 +156,8 @@ class _Emitter:
         args, kwargs = list(given[0]), dict(given[1])
         target: Any = node.target
         if target is operator.getitem:
+            if args[0][args[1]] is None:
+                raise Unsupported(f"result {args[1]} of {node.args[0]}")
             return args[0][args[1]]
         if not isinstance(target, torch._ops.OpOverload):
             raise Unsupported(str(target))
@@ -186,7 +189,7 @@ def _pointwise(write: Writer, call: Call) -> Value:
 
 def _filled(write: Writer, call: Call) -> Value:
     name = call.name.replace("new_", "").replace("_like", "")
-    number = {"zeros": 0, "ones": 1}.get(name)
+    number = {"zeros": 0, "ones": 1, "empty": 0}.get(name)
     if number is None:
         number = call.args[0] if name == "scalar_tensor" else call.args[-1]
     text = np.array(literal(number, call.dtype.is_floating_point), dtype=object)
@@ -204,20 +207,27 @@ def _not(write: Writer, call: Call) -> Value:
     return write.pointwise(POINTWISE["logical_not"], call.args, call.shape, call.dtype)
 
 
+def _logit(write: Writer, call: Call) -> Value:
+    if len(call.args) > 1 and call.args[1] is not None:
+        raise Unsupported(f"{call.target} with eps")
+    return write.pointwise(lambda x: f"log({x} / (1 - {x}))", call.args[:1], call.shape, call.dtype)
+
+
 def _log_sigmoid(write: Writer, call: Call) -> Any:
     value: Value = call.args[0]
     out = write.pointwise(lambda a: f"log_sigmoid_({a})", [value], value.shape, value.dtype)
     return out, value  # the second is only handed to the backward operation, which does without
 
 
-_SEVERAL = ("linalg_cholesky_ex", "log_sigmoid_forward", "unbind", "split", "split_with_sizes")
+_SEVERAL = ("max", "min", "linalg_cholesky_ex", "log_sigmoid_forward", "unbind", "split", "split_with_sizes")
 OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "scalar_tensor"), _filled),
-    **dict.fromkeys(("full", "full_like", "new_full"), _filled),
+    **dict.fromkeys(("full", "full_like", "new_full", "fill", "empty", "empty_like", "new_empty"), _filled),
     "_to_copy": _converted,
     "bitwise_not": _not,
     "log_sigmoid_forward": _log_sigmoid,
+    "logit": _logit,
     **MOVES,
     **ROWS,
     **MATRICES,

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
-from ppl.native.values import Memory, Scalars, Unsupported, Value, core
-from ppl.native.writer import Call, Operation, Writer
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl.native.values import Memory, Scalars, Unsupported, Value, core, restructured
+from ppl.native.writer import SMALL, Call, Operation, Writer
 
 __all__ = ["INDEXING"]
 
 OUT_OF_RANGE = -3
 
 
-def _one_index(call: Call) -> tuple[int, Value]:
+def _one_index(write: Writer, call: Call) -> tuple[int, Value]:
     """The axis that is indexed and the index, where there is one of them."""
     found = [(d, i) for d, i in enumerate(call.args[1]) if i is not None]
-    if len(found) != 1 or found[0][1].dtype.is_floating_point or not found[0][1].dtype.itemsize > 1:
-        raise Unsupported(f"{call.target} with several indices or a mask")
-    return found[0]
+    if len(found) != 1:
+        raise Unsupported(f"{call.target} with several indices")
+    axis, index = found[0]
+    if index.dtype not in (torch.int64, torch.int32):
+        raise Unsupported(f"{call.target} with an index of type {index.dtype}")
+    return axis, index
+
+
+def _constants(write: Writer, call: Call) -> list[Tensor | None] | None:
+    """The indices, where all of them are known by now."""
+    known = [None if i is None else write.constant(i) for i in call.args[1]]
+    return known if all((k is None) == (i is None) for k, i in zip(known, call.args[1], strict=True)) else None
 
 
 def _picked(write: Writer, call: Call) -> Value:
     """out[a, i, b] = x[a, index[i], b]."""
-    axis, index = _one_index(call)
-    return _gathered(write, call, call.args[0], axis, index, len(index.shape))
+    indices, source = _constants(write, call), call.args[0]
+    if indices is not None and prod(source.shape) <= SMALL and prod(call.shape) <= SMALL:
+        return restructured(call.target, [Scalars(write.scalars(source), source.dtype), indices], {})
+    axis, index = _one_index(write, call)
+    return _gathered(write, call, source, axis, index, len(index.shape))
 
 
 def _selected(write: Writer, call: Call) -> Value:
@@ -47,11 +64,24 @@ def _taken(write: Writer, call: Call) -> Value:
 
 
 def _put(write: Writer, call: Call) -> Value:
-    """index_put with accumulate: a copy of x with values added to x[a, index[i], b]."""
-    if len(call.args) < 4 or not call.args[3]:
+    """index_put: a copy of x with values at x[a, index[i], b], in place of what was there or added to it."""
+    adds = len(call.args) > 3 and call.args[3]
+    indices = _constants(write, call)
+    if indices is not None and prod(call.shape) <= SMALL:
+        return _put_scalars(write, call, indices, adds)
+    if not adds:
         raise Unsupported(f"{call.target} without accumulation")
-    axis, index = _one_index(call)
+    axis, index = _one_index(write, call)
     return _added(write, call, axis, index, call.args[2], len(index.shape))
+
+
+def _put_scalars(write: Writer, call: Call, indices: list[Tensor | None], adds: bool) -> Value:
+    places = torch.ops.aten.index.Tensor(torch.arange(prod(call.shape)).reshape(call.shape), indices)
+    values = np.broadcast_to(write.scalars(call.args[2]), tuple(places.shape))
+    out = np.broadcast_to(write.scalars(call.args[0]), call.shape).reshape(-1).copy()
+    for at, value in zip(places.reshape(-1).tolist(), values.reshape(-1), strict=True):
+        out[at] = write.code.let(f"{out[at]} + {value}", call.dtype) if adds else value
+    return Scalars(out.reshape(call.shape), call.dtype)
 
 
 def _index_added(write: Writer, call: Call) -> Value:

@@ -81,6 +81,16 @@ def _columns(write: Writer, name: str, parts: list[Value], shape: tuple[int, ...
     return [whole] if name == "logsumexp" else [pair("sub", p, whole) for p in parts]
 
 
+def _extreme(write: Writer, call: Call) -> tuple[Value, None]:
+    """max and min along an axis; where they were found is not known."""
+    if len(call.args) < 2:
+        raise Unsupported(f"{call.target} over all axes")
+    value, axis = call.args[0], call.args[1] % len(call.args[0].shape)
+    keep = len(call.args) > 2 and call.args[2]
+    shape = tuple(1 if d == axis else n for d, n in enumerate(value.shape) if keep or d != axis)
+    return _row(write, Call(call.target, f"a{call.name}", [value, axis], {}, shape, value.dtype)), None
+
+
 def _softmax_backward(write: Writer, call: Call) -> Value:
     grad, out, axis = call.args[:3]
     axis %= len(call.shape)
@@ -95,6 +105,8 @@ def _softmax_backward(write: Writer, call: Call) -> Value:
 ROWS: dict[str, Operation] = {
     "sum": _sum,
     "mean": _mean,
+    "max": _extreme,
+    "min": _extreme,
     **dict.fromkeys((*_REDUCED, *_KEPT), _row),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _softmax_backward),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ppl.native.expressions import CTYPES, literal
 from ppl.native.loops import Code
@@ -37,6 +38,17 @@ class Writer:
 
     def __init__(self) -> None:
         self.code = Code()
+        self.constants: dict[str, Tensor] = {}
+
+    def constant(self, value: Value) -> Tensor | None:
+        """The whole numbers of a tensor that depends on no input; None for any other."""
+        if isinstance(value, Memory):
+            known = self.constants.get(value.buffer)
+            return known if known is not None and tuple(known.shape) == value.shape else None
+        names = [name.strip("()") for name in value.names.reshape(-1)]
+        if value.dtype.is_floating_point or not all(n.lstrip("-").isdecimal() for n in names):
+            return None
+        return torch.tensor([int(n) for n in names]).reshape(value.shape).to(value.dtype)
 
     def pointwise(
         self,

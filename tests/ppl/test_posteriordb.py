@@ -198,6 +198,22 @@ def test_nuts_agrees_with_every_reference(posteriordb, name):
     assert posterior.info["diverging"].float().mean() < 0.01
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_density_in_c_is_that_of_the_graph(posteriordb, name):
+    """Value and gradient at three points, within 1e-10 of their size."""
+    program, _ = build(posteriordb, name)
+    flat = program.flat()
+    density = flat.native(flat.initial(1, torch.Generator().manual_seed(0)), 10**9)
+    assert density is not None, program.notes
+    state = density.state()
+    for seed in range(3):
+        z = flat.initial(1, torch.Generator().manual_seed(seed))
+        value, gradient = flat.log_density_and_grad(z)
+        ours, slope = state(z[0].numpy())
+        assert ours == pytest.approx(value.item(), rel=1e-10, abs=1e-10)
+        assert (torch.from_numpy(slope) - gradient[0]).abs().max() <= 1e-10 * gradient.abs().max()
+
+
 def test_hmc_agrees_on_eight_schools(posteriordb):
     name = "eight_schools-eight_schools_noncentered"
     program, sites = build(posteriordb, name)
