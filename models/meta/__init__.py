@@ -5,7 +5,7 @@ phi = (mu, Sigma) ~ NIW,   theta_i | phi ~ N(mu, Sigma),   D_i | theta_i
 
 from __future__ import annotations
 
-from models.meta.adaptation import Adapted, ClosedForm, Variational, adapt
+from models.meta.adaptation import Adapted, ClosedForm, Variational, adapt, cooled
 from models.meta.cavi import CoordinateAscent
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.fisher import Fisher
@@ -54,6 +54,7 @@ __all__ = [
     "Variational",
     "adapt",
     "amortised_guide",
+    "cooled",
     "empirical_bayes_guide",
     "few_shot_digits",
     "few_shot_fashion",

@@ -7,6 +7,8 @@ p(y | x, D) = 1/S sum_s p(y | x, theta^s),   theta^s ~ v
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +25,9 @@ from ppl.errors import OptionError
 from ppl.option_checks import check_integers, check_positive
 from ppl.vi.ascent import adam
 
-__all__ = ["Adaptation", "Adapted", "ClosedForm", "Variational", "adapt"]
+__all__ = ["TEMPERATURES", "Adaptation", "Adapted", "ClosedForm", "Variational", "adapt", "cooled"]
+
+TEMPERATURES = (0.0, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Adaptation(Protocol):
@@ -122,7 +126,12 @@ class Adapted:
     local: LocalNormal
 
     def predict(
-        self, x: Tensor, draws: int = 100, generator: torch.Generator | None = None, linearised: bool = False
+        self,
+        x: Tensor,
+        draws: int = 100,
+        generator: torch.Generator | None = None,
+        linearised: bool = False,
+        temperature: float = 1.0,
     ) -> Predictive:
         """The laws of targets at queries under draws of theta; targets without an axis of their own.
 
@@ -132,15 +141,26 @@ class Adapted:
             generator: of the draws; seed 0 when None.
             linearised: take the network as linear about the point where a Gauss-Newton fit did, or about m_i after any
                 other: the model that the posterior is exact for, however far its draws go.
+            temperature: T; draws are of N(m_i, T V_i). 1 is Bayes' rule; 0 is the one network at m_i, whatever `draws`.
+                For networks of classes see `cooled`.
 
-        Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred].
+        Raises:
+            OptionError: no draws, or a negative temperature.
+
+        Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred]; of cold posteriors, Wenzel, Roth,
+        Veeling et al. (2020) [inferred].
         """
         if draws < 1:
             raise OptionError(f"draws must be at least 1, got {draws}")
+        if not 0 <= temperature < math.inf:
+            raise OptionError(f"temperature must be finite and at least 0, got {temperature!r}")
         generator = generator or torch.Generator(x.device).manual_seed(0)
         network = self.fitted.hierarchy.network
         with torch.no_grad():
-            theta = self.local.draw(draws, generator)
+            theta = self.local.mean[None]
+            if temperature > 0:
+                theta = theta + math.sqrt(temperature) * (self.local.draw(draws, generator) - theta)
+            draws = len(theta)
             if not linearised:
                 return self._law(network(theta, x.expand(draws, *x.shape)))
             point = self.local.mean if self.local.point is None else self.local.point
@@ -177,3 +197,37 @@ def adapt(
     fitted.hierarchy.check(points)
     generator = generator or torch.Generator(fitted.law.mean.device).manual_seed(0)
     return Adapted(fitted, (how or ClosedForm())(fitted, points, generator))
+
+
+def cooled(
+    fitted: FittedMeta,
+    episodes: Episodes,
+    how: Adaptation | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    draws: int = 20,
+    linearised: bool = False,
+) -> float:
+    """The temperature whose predictions give the queries of episodes the highest likelihood.
+
+    A network of classes has thousands of weights that a few shots do not determine. Drawn from their prior they change
+    every class probability at once, while the mode between them is a good classifier: Bayes' rule, T = 1, then knows
+    too little, and how much is cold enough is best told by episodes of the kind the law was learned from.
+
+    Args:
+        fitted: of `NIWMeta.fit`.
+        episodes: with query sets; such as were trained on, not those of a test.
+        how: see `adapt`.
+        temperatures: to choose from.
+        draws: see `Adapted.predict`.
+        linearised: see `Adapted.predict`.
+
+    Raises:
+        ShapeError: the episodes have no queries.
+    """
+    adapted, query = adapt(fitted, episodes, how), episodes.query
+
+    def value(temperature: float) -> float:
+        found = adapted.predict(query.x, draws, linearised=linearised, temperature=temperature)
+        return float(found.log_prob(query.y)[query.mask].mean())
+
+    return max(temperatures, key=value)

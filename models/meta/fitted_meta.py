@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 from models.meta.episodes import Episodes, Points
 from models.meta.local import LocalFit, LocalNormal, Quadratic, close
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart, precision_root
+from models.meta.predictive import Predictive
 from models.meta.program import Hierarchy, hierarchy_of
 from ppl.errors import CheckpointError, OptionError, ShapeError
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.storage import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from models.meta.adaptation import Adaptation
 
 __all__ = ["FittedMeta"]
 
@@ -62,6 +66,22 @@ class FittedMeta:
         with torch.no_grad():
             form = self.local(self.hierarchy, self.law, points, self.sigma, generator)
             return form, close(form, self.law.mean, self.law.precision())
+
+    def predict(
+        self,
+        episodes: Episodes,
+        how: Adaptation | None = None,
+        draws: int = 100,
+        generator: torch.Generator | None = None,
+        linearised: bool = False,
+        temperature: float = 1.0,
+    ) -> Predictive:
+        """The laws of the query targets given the support sets: `adapt`, then `Adapted.predict`."""
+        from models.meta.adaptation import adapt
+
+        generator = generator or torch.Generator(self.law.mean.device).manual_seed(0)
+        adapted = adapt(self, episodes, how, generator)
+        return adapted.predict(episodes.query.x, draws, generator, linearised, temperature)
 
     def prior_predictive(self) -> dist.TorchDistribution:
         """The law of theta of a new episode before its data: Student's t."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from models.meta.descent import check_of, descend, slope_of
 from models.meta.episodes import Episodes, EpisodeSource, Points
 from models.meta.network import Likelihood, Network
+from models.meta.predictive import Predictive
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
 from ppl.option_checks import check_integers, check_positive
 
-__all__ = ["MAML", "FittedMAML"]
+__all__ = ["MAML", "FittedMAML", "after_steps"]
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class FittedMAML:
     theta: Tensor
     history: Tensor
 
-    def predict(self, episodes: Episodes, inner_steps: int | None = None) -> Tensor:
-        """Outputs (b, queries, *outputs) for the query sets after adaptation to the support sets.
+    def predict(self, episodes: Episodes, inner_steps: int | None = None) -> Predictive:
+        """At the query sets, after gradient steps on the support sets.
 
         Args:
             episodes: new ones.
@@ -154,9 +155,16 @@ class FittedMAML:
         options = self.options
         if inner_steps is not None:
             options = MAML(inner_steps, options.inner_lr, options.order)
-        with torch.no_grad():
-            adapted = options.adapted(self.network, self.likelihood, self.theta, episodes.support)
-            return self.network(adapted, episodes.query.x)
+        return after_steps(options, self.network, self.likelihood, self.theta, episodes)
+
+
+def after_steps(
+    options: MAML, network: Network, likelihood: Likelihood, start: Tensor, episodes: Episodes
+) -> Predictive:
+    """The laws of queries after the inner steps from start (d,) on the support sets."""
+    with torch.no_grad():
+        adapted = options.adapted(network, likelihood, start, episodes.support)
+        return Predictive(likelihood.law(network(adapted, episodes.query.x)[None]))
 
 
 def _mean_loss(network: Network, likelihood: Likelihood, theta: Tensor, points: Points) -> Tensor:

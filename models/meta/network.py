@@ -73,6 +73,10 @@ class Network:
             return self.one(theta, x)
         return vmap(self.__call__)(theta, x)
 
+    def shared(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Outputs of many episodes under one theta: theta (dim,), x (b, points, *x) -> (b, points, *outputs)."""
+        return self.one(theta, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
     def check(self, x: Tensor) -> None:
         """Run the module on x, (points, *x), and see that the call changes nothing and draws nothing.
 

@@ -121,6 +121,6 @@ def logits(network: Network, theta: Tensor, episodes: Episodes) -> Tensor:
     count = belongs.sum(1)
     if not bool((count > 0).all()):
         raise DataError("a class of an episode has no support image, and so no prototype; leave the episode out")
-    centre = belongs.mT @ network(theta, support.x) / count[..., None]
-    z = network(theta, episodes.query.x)
+    centre = belongs.mT @ network.shared(theta, support.x) / count[..., None]
+    z = network.shared(theta, episodes.query.x)
     return -(z[:, :, None] - centre[:, None]).square().sum(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.meta.descent import check_of, descend
 from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.maml import MAML
+from models.meta.maml import MAML, after_steps
 from models.meta.network import Likelihood, Network
 from models.meta.predictive import Predictive
 from ppl.monitor import Monitor
@@ -126,6 +126,4 @@ class FittedReptile:
     def predict(self, episodes: Episodes) -> Predictive:
         """At the query sets, after gradient steps on the support sets."""
         inner = MAML(self.options.test_steps, self.options.inner_lr, "first")
-        with torch.no_grad():
-            adapted = inner.adapted(self.network, self.likelihood, self.theta, episodes.support)
-            return Predictive(self.likelihood.law(self.network(adapted, episodes.query.x)[None]))
+        return after_steps(inner, self.network, self.likelihood, self.theta, episodes)

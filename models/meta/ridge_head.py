@@ -134,5 +134,5 @@ class FittedRidgeHead:
 
     def _features(self, weights: Tensor, x: Tensor) -> Tensor:
         """f(x) and a constant."""
-        f = self.network(weights, x)
+        f = self.network.shared(weights, x)
         return torch.cat([f, torch.ones_like(f[..., :1])], -1)
