@@ -407,10 +407,10 @@ def ratios(rows: list[dict[str, Any]]) -> None:
         by = {r["engine"]: r for r in rows if r["model"] == name}
         for other, all_ in found.items():
             theirs = by.get(f"{other} NUTS")
-            if theirs is None or "ppl.NUTS" not in by or "ppl.HMC" not in by:
+            if theirs is None or "ppl.NUTS" not in by:
                 continue
             line = [
-                max(by[e][key] for e in engines) / theirs[key] if theirs[key] else math.inf
+                max(by[e][key] for e in engines if e in by) / theirs[key] if theirs[key] else math.inf
                 for engines in (("ppl.NUTS",), ("ppl.NUTS", "ppl.HMC"))
                 for key in ("ess_per_s_cold", "ess_per_s_warm")
             ]
@@ -449,7 +449,8 @@ def main() -> None:
     if where is None:
         print("the reference posteriors (shared/data/posteriordb) are not on this machine: nothing to run")
         return
-    settings = json.dumps({"seed": options.seed, "length": LENGTH, "pyro": PYRO_SECONDS, "time": "processor"})
+    facts = {"seed": options.seed, "length": LENGTH, "pyro": PYRO_SECONDS, "time": "processor", "nuts": "C"}
+    settings = json.dumps(facts)
     rows = read(RESULTS, settings)
     if not options.show:
         engines = list(options.engines)

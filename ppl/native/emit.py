@@ -25,6 +25,8 @@ from ppl.native.writer import SMALL, Call, Operation, Writer
 
 __all__ = ["Source", "emit"]
 
+MOST_LINES = 40_000  # for which a compiler takes some half a minute
+
 
 @dataclass(frozen=True)
 class Source:
@@ -117,6 +119,8 @@ class _Emitter:
 
     def _assemble(self) -> Source:
         body = self.write.code.write()
+        if body.count("\n") > MOST_LINES:
+            raise Unsupported(f"{body.count(chr(10))} lines of code")
         places, work = [], 0
         for name in self.write.code.used:
             size, dtype = self.write.code.buffers[name]
