@@ -70,6 +70,9 @@ class _Counts:
 class NUTS:
     """The No-U-Turn sampler with adapted step size and mass matrix, on unconstrained space; discrete sites summed out.
 
+    The density runs as a C function where the run is long enough to repay the compiler and `Program(compile=...)` is
+    `"auto"`; `posterior.attrs["density"]` says what ran, a note why it was not C.
+
     Args:
         warmup: adaptation draws per chain, thrown away.
         target_accept: acceptance the step size is adapted to; nearer one for fewer divergences.
