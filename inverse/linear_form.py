@@ -30,7 +30,7 @@ from inverse.operators import (
 from inverse.operators.algebra import Scaled
 from inverse.operators.base import DENSE_LIMIT
 from inverse.operators.calls import CallRecord
-from ppl.errors import DataError, ProgramError
+from ppl.errors import CapabilityError, DataError, ProgramError
 from ppl.sites import unwrap
 
 if TYPE_CHECKING:
@@ -215,7 +215,13 @@ def _operator(name: str, reading: _Reading) -> LinearOperator:
     if not linear:
         raise NotGaussian(f"the mean of {name!r} is not linear in {likelihood.site!r}")
     if x.numel() * mean.numel() <= DENSE_LIMIT:
-        matrix = torch.func.jacrev(mean_fn)(torch.zeros_like(x)).reshape(mean.numel(), x.numel())
+        try:
+            matrix = torch.func.jacrev(mean_fn)(torch.zeros_like(x)).reshape(mean.numel(), x.numel())
+        except RuntimeError as error:
+            raise CapabilityError(
+                f"the mean of observed site {name!r} cannot be differentiated by torch "
+                f"({str(error).splitlines()[0]}); write it with torch operations, without numpy"
+            ) from error
         return Dense(matrix.detach(), in_shape=tuple(x.shape), out_shape=tuple(mean.shape))
     return FunctionOperator(mean_fn, tuple(x.shape), linear=True, dtype=x.dtype)
 

@@ -48,6 +48,28 @@ def log_normal_mass(a: Tensor, b: Tensor) -> Tensor:
     return top + torch.log(-torch.expm1(log_normal_cdf(a) - top))
 
 
+class Codes(constraints.Constraint):
+    """Multiples of a step in a closed range, up to a thousandth of the step.
+
+    Example:
+        >>> Codes(0.5, 0.0, 2.0).check(torch.tensor([1.5, 1.6, 2.5])).tolist()
+        [True, False, False]
+    """
+
+    def __init__(self, step: float, low: float, high: float) -> None:
+        self.step, self.low, self.high = step, low, high
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Which values are codes."""
+        slack = 1e-3 * self.step
+        grid = (value - torch.round(value / self.step) * self.step).abs() <= slack
+        return grid & (value >= self.low - slack) & (value <= self.high + slack)
+
+    def __repr__(self) -> str:
+        return f"multiples of {self.step:g} in [{self.low:g}, {self.high:g}]"
+
+
 class _Sensor(TorchDistribution):
     """Location, scale and range; a member says what it reports and how probable that is."""
 
@@ -172,7 +194,10 @@ class Quantised(_Sensor):
         self.step = float(step)
         super().__init__(loc, scale, low, high, validate_args=validate_args)
 
-    support = constraints.real
+    @property
+    def support(self) -> Any:
+        """Multiples of the step, from the first code to the last."""
+        return Codes(self.step, self.low, self.high)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the probability of a code."""

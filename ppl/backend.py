@@ -14,6 +14,7 @@ from torch import Tensor
 from ppl.cost import Cost
 from ppl.errors import CapabilityError, NotFiniteError, OptionError, ProgramError
 from ppl.monitor import Event, Monitor
+from ppl.option_checks import whole_number
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 
@@ -29,6 +30,7 @@ __all__ = [
     "stack_problems",
 ]
 
+SEEDS = (-(2**63), 2**64 - 1)  # what a torch generator takes
 Exactness = Literal["never", "in_the_limit", "always"]
 
 
@@ -161,9 +163,8 @@ def infer(
             else repr(backend)
         )
         raise OptionError(f"expected a backend such as ppl.NUTS(), got {what}")
-    chains = backend.default_chains if chains is None else chains
-    if draws < 1 or chains < 1:
-        raise OptionError(f"draws and chains must be one or more, got draws={draws}, chains={chains}")
+    chains = whole_number("chains", backend.default_chains if chains is None else chains, 1)
+    draws, seed = whole_number("draws", draws, 1), whole_number("seed", seed, *SEEDS)
     if not program.has_data:
         raise ProgramError(
             "the program has no observed site: there is nothing to condition on. Give at least one pyro.sample data "

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ppl.backend import Backend, infer
-from ppl.errors import OptionError, PilotlightError
+from ppl.errors import OptionError, PilotlightError, ShapeError
+from ppl.numbers import as_tensor
+from ppl.option_checks import whole_number
 from ppl.posterior import Posterior
 from ppl.program import Program
 from ppl.scores import (
@@ -260,13 +262,21 @@ def compare(
         >>> bool(abs(comparison.table.loc["SVI", "variance_ratio"] - 1) < 0.3), comparison["DPS"].error[:11]
         (True, 'OptionError')
     """
-    if not backends:
-        raise OptionError('compare needs backends by name, such as {"NUTS": ppl.NUTS()}')
-    truth = dict(truth or {})
+    if not isinstance(program, Program):
+        raise OptionError(
+            f"expected a ppl.Program, got {type(program).__name__}; wrap the model: ppl.Program(model, data)"
+        )
+    if not isinstance(backends, Mapping) or not backends:
+        raise OptionError(f'compare needs backends by name, such as {{"NUTS": ppl.NUTS()}}, got {backends!r}')
+    truth = {n: as_tensor(v, program.dtype) for n, v in dict(truth or {}).items()}
     unknown = set(truth) - set(program.sites) - set(program.deterministic)
     if unknown:
         raise OptionError(f"truth has the sites {sorted(unknown)}, which the program does not have: {program}")
-    asked = dict.fromkeys(backends, draws) if isinstance(draws, int) else dict(draws)
+    for name, true in truth.items():
+        shape = program.sites[name].shape if name in program.sites else program.deterministic[name]
+        if true.shape not in (shape, (program.problems, *shape)):
+            raise ShapeError(f"truth of {name!r} has shape {tuple(true.shape)}, the site has {tuple(shape)}")
+    asked = dict(draws) if isinstance(draws, Mapping) else dict.fromkeys(backends, whole_number("draws", draws, 1))
     if set(asked) != set(backends):
         raise OptionError(f"draws are given for {sorted(asked)}, the backends are {sorted(backends)}")
     generator = torch.Generator().manual_seed(seed)

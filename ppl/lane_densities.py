@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ppl.arguments import Arguments
 from ppl.errors import ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
+from ppl.numbers import as_tensor
 from ppl.probes import shaken
 from ppl.sites import Site
 from ppl.trace import Run, log_prob_of, run_model, settings
@@ -183,6 +184,7 @@ class LaneDensities:
             site = self.sites.get(name)
             if site is None:
                 raise ProgramError(f"the program has no site {name!r}; its sites are {list(self.sites)}")
+            value = as_tensor(value, self.dtype)
             lead = value.shape[: value.ndim - len(site.shape)]
             if value.shape[len(lead) :] != site.shape or (lanes is not None and lead != lanes):
                 raise ShapeError(

@@ -80,8 +80,10 @@ class Monitor:
         generator: torch.Generator | None = None,
         fingerprint: str | Mapping[str, str] = "",
     ) -> None:
-        if not checkpoint_every >= 0:
-            raise OptionError(f"checkpoint_every must be zero or more seconds, got {checkpoint_every}")
+        if not isinstance(checkpoint_every, int | float) or not checkpoint_every >= 0:
+            raise OptionError(f"checkpoint_every must be zero or more seconds, got {checkpoint_every!r}")
+        if callback is not None and not callable(callback):
+            raise OptionError(f"callback must be a function of an Event, got {callback!r}")
         self.callback = callback
         self.generator = generator
         self.checkpoint_every = float(checkpoint_every)

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 from ppl.errors import OptionError
 
-__all__ = ["check_integers", "check_positive"]
+__all__ = ["check_integers", "check_positive", "whole_number"]
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An argument that counts something, as an integer; those of numpy are integers too.
+
+    Raises:
+        OptionError: it is no integer, or a truth value, or outside its range.
+
+    Example:
+        >>> whole_number("draws", 10.0, 1)
+        Traceback (most recent call last):
+        ppl.errors.OptionError: draws must be an integer of at least 1, got 10.0
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool) or (most is not None and number > most):
+        top = "" if most is None else f" and at most {most}"
+        raise OptionError(f"{name} must be an integer of at least {least}{top}, got {value!r}")
+    return number
 
 
 def check_integers(options: object, **least: int) -> None:

@@ -18,11 +18,12 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl.arguments import Arguments
+from ppl.arguments import PLAIN, Arguments
 from ppl.check import findings
 from ppl.errors import DataError, OptionError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
 from ppl.lane_densities import LaneDensities, Values
+from ppl.numbers import as_tensor
 from ppl.reading import ModelCall
 from ppl.simulate import predict, simulate
 from ppl.sites import (
@@ -31,6 +32,7 @@ from ppl.sites import (
     check_observations,
     is_deterministic,
     is_factor,
+    observed_tensor,
     read_sites,
     unwrap,
 )
@@ -130,6 +132,9 @@ class Program(LaneDensities):
     def fingerprint(self) -> str:
         """A hash of the sites and the data; equal for the same problem, in every process."""
         digest = hashlib.sha256()
+        for name, value in self.arguments.constants().items():
+            plain = repr(value) if isinstance(value, PLAIN) else type(value).__qualname__
+            digest.update(f"{name}={plain};".encode())
         for name, site in self.sites.items():
             digest.update(f"{name}{tuple(site.shape)}{site.observed}{site.plates}".encode())
         for name, value in {**self.shared_inputs(), **self._stacked}.items():
@@ -181,23 +186,25 @@ class Program(LaneDensities):
     def with_data(self, **data: Any) -> Program:
         """The same program with other data, by argument name or by the name of an observed site.
 
-        Data of equal shape and type reuse everything that was traced.
+        Data of equal shape and type reuse everything that was traced; another constant (a size, a plain number, a
+        switch) is traced anew.
         """
         new = copy.copy(self)
         new._set_data(data)
         same = [(v.shape, v.dtype, v.device) for v in new.shared_inputs().values()] == [
             (v.shape, v.dtype, v.device) for v in self.shared_inputs().values()
         ]
+        same = same and self.arguments.same_constants(new.arguments)
         new._read()
         if not same or [s.shape for s in new.sites.values()] != [s.shape for s in self.sites.values()]:
             new._functions = {}
         return new
 
-    def over(self, **data: Tensor) -> Program:
+    def over(self, **data: Any) -> Program:
         """N independent problems at once: the same program for each row of the data given.
 
         Args:
-            **data: (N, *shape) by argument name or observed site; all with the same N.
+            **data: (N, *shape) by argument name or observed site; all with the same N. Tensors, arrays or lists.
 
         Returns:
             A program whose densities take lanes in problem-major order (a multiple of N) and whose posteriors have a
@@ -207,6 +214,7 @@ class Program(LaneDensities):
             raise ProgramError("this program is already over many problems; call over(...) on the single one")
         if not data:
             raise OptionError("over needs data, such as program.over(y=ys)")
+        data = {n: self._many_rows(n, v) for n, v in data.items()}
         sizes = {n: len(v) for n, v in data.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise ShapeError(f"over needs data with one common, non-zero number of rows, got {sizes}")
@@ -228,6 +236,16 @@ class Program(LaneDensities):
         new._stacked = {n: torch.stack([r[n] for r in rows]) for n in names}
         new._rows = tuple((dict(zip(data, values, strict=True))) for values in zip(*data.values(), strict=True))
         return new
+
+    def _many_rows(self, name: str, value: Any) -> Tensor:
+        """Data of many problems as one tensor (N, *shape)."""
+        try:
+            rows = as_tensor(value, self.dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"over takes tensors (N, *shape), one row for each problem; {name!r}: {error}") from None
+        if rows.ndim == 0:
+            raise ShapeError(f"over takes tensors (N, *shape), one row for each problem; {name!r} is one number")
+        return rows
 
     def problem(self, i: int) -> Program:
         """Problem `i` of a program that is `over` many."""
@@ -255,6 +273,15 @@ class Program(LaneDensities):
         """The same program on another device or in another floating type; priors that can move are moved."""
         if self.problems is not None:
             raise ProgramError("move the program first, then call over(...)")
+        try:  # the door to devices: torch's own errors come late and do not say what to give
+            torch.empty(0, device=device, dtype=dtype)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise OptionError(
+                f"cannot move to device={device!r}, dtype={dtype!r}: {str(error).splitlines()[0]}; give a device that "
+                'this machine has, such as "cpu" or "cuda", and a floating type, such as dtype=torch.float64'
+            ) from None
+        if dtype is not None and not dtype.is_floating_point:
+            raise OptionError(f"dtype must be a floating type, such as torch.float64, got {dtype}")
 
         def move(x: Any) -> Any:
             if isinstance(x, Tensor):
@@ -335,7 +362,8 @@ class Program(LaneDensities):
                     f"{list(self.observed)}"
                 )
         self.arguments = self.arguments.replace(arguments)
-        self._overridden = {**self._overridden, **overridden}
+        tensors = {n: observed_tensor(n, v, self.dtype) for n, v in overridden.items()}
+        self._overridden = {**self._overridden, **tensors}
 
     def _read(self, given: Values | None = None, keep_dtype: bool = False) -> None:
         """Run the model once, validated, and read its sites; a second run tells which distributions are fixed."""
@@ -350,7 +378,7 @@ class Program(LaneDensities):
         self.device = tensors[0].device if tensors else torch.device("cpu")
         call = ModelCall(self.model, self.arguments, self._overridden, self._replaced, self.device, self.dtype)
         trace = call.first_trace(dict(given or {}))
-        check_observations(trace)
+        check_observations(trace, lambda name: call.support_moves(trace, name))
         sites = read_sites(trace)
         if given is not None:
             sites = {n: replace(s, static=self.sites[n].static) for n, s in sites.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl.arguments import Arguments
-from ppl.errors import PilotlightError, ProgramError
-from ppl.sites import Site, read_sites, same_distribution
+from ppl.errors import DataError, PilotlightError, ProgramError
+from ppl.sites import Site, read_sites, same_distribution, same_support
 from ppl.trace import Run, run_model, seeded, settings
 
 __all__ = ["ModelCall"]
@@ -52,11 +53,52 @@ class ModelCall:
         for seed in range(FIRST_TRIES):
             try:
                 return self.run(given, seed, validate=True)
-            except PilotlightError:
+            except PilotlightError as error:
+                error.args = (_told(error),)
                 raise
             except (ValueError, torch.linalg.LinAlgError) as error:
                 failure = error
-        raise ProgramError(f"the model failed when it was run once: {failure}") from failure
+            except RuntimeError as error:
+                self._explain(error)
+                raise
+        raise ProgramError(f"the model failed when it was run once: {_told(failure)}{self._wild()}") from failure
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raise what can be said better than by Pyro or torch; other errors of a model are its author's own."""
+        text = _told(error)
+        twice = re.search(r"Multiple \w+ sites named '(.*)'", text)
+        if twice:
+            raise ProgramError(
+                f"two sites of the model are called {twice[1]!r}; every pyro.sample, in a loop too, needs a name of "
+                'its own, such as pyro.sample(f"x_{i}", ...)'
+            ) from error
+        floating = {
+            n.removeprefix("arg."): v.dtype for n, v in self.arguments.tensors().items() if v.is_floating_point()
+        }
+        if "dtype" in text and len(set(floating.values())) > 1:
+            raise DataError(
+                f"the model's arguments have floating types that do not go together, {floating}: {text}. Give all of "
+                f"them one, such as with .to({self.dtype}); the program computes in {self.dtype}"
+            ) from error
+
+    def _wild(self) -> str:
+        """Which arguments are not finite, as that is often why a model fails."""
+        bad = [
+            n.removeprefix("arg.")
+            for n, v in self.arguments.tensors().items()
+            if (v.is_floating_point() or v.is_complex()) and not bool(torch.isfinite(v).all())
+        ]
+        return f". Of its arguments {', '.join(map(repr, bad))} has NaN or infinite values: remove them" if bad else ""
+
+    def support_moves(self, trace: Any, name: str) -> bool:
+        """Whether the support of an observed site is another one at other prior draws."""
+        try:
+            other = self.run({}, FIRST_TRIES, validate=False)
+        except (ValueError, RuntimeError, IndexError):
+            return False
+        return name in other.nodes and not same_support(
+            trace.nodes[name]["fn"].support, other.nodes[name]["fn"].support
+        )
 
     def second_sites(self, trace: Any, sites: Mapping[str, Site]) -> dict[str, Site]:
         """Sites of a run with other latents, to tell which distributions are fixed.
@@ -85,6 +127,11 @@ class ModelCall:
             n: replace(s, static=n in again and same_distribution(s.distribution, again[n].distribution))
             for n, s in sites.items()
         }
+
+
+def _told(error: Exception) -> str:
+    """The message of an error, without the table of shapes that Pyro adds."""
+    return re.split(r"\s+Trace Shapes:", str(error))[0]
 
 
 def _next_value(fn: Any, value: Tensor) -> Tensor:

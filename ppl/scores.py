@@ -69,6 +69,8 @@ class Reference:
             return cls({n: [one[n] for one in found] for n in found[0]})
         if isinstance(source, Posterior):
             names = [n for n in program.latents if n in source]
+            if not names:
+                raise OptionError(f"the reference has sites {list(source.draws)}, the program {list(program.latents)}")
             if source.log_weight is not None:
                 source = source.resampled(generator)
             pool = {n: source._lanes(n) for n in names}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppl.errors import ProgramError
+from ppl.errors import OptionError, ProgramError
+from ppl.option_checks import whole_number
 from ppl.trace import Run, seeded, values_of
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ __all__ = ["predict", "simulate"]
 
 def simulate(program: Program, generator: torch.Generator, size: int | None = None) -> dict[str, Tensor]:
     """`Program.simulate`: latents, data and deterministic values from the joint distribution, (size, *shape)."""
+    if not isinstance(generator, torch.Generator):
+        raise OptionError(
+            f"simulate takes a torch.Generator, got {generator!r}; make one: torch.Generator().manual_seed(0)"
+        )
     values: dict[str, Tensor] = {}
-    rows = 1 if size is None else size
+    rows = 1 if size is None else whole_number("size", size, 1)
     with seeded(generator), torch.no_grad():
         for site in program.latents.values():
             if site.static and "denoiser" in site.capabilities:  # one call of the network for all draws
@@ -38,6 +43,10 @@ def predict(program: Program, posterior: Posterior, generator: torch.Generator |
     """`Program.predict`: data and deterministic values given each posterior draw, (chain, draw, *shape)."""
     if program.problems is not None:
         raise ProgramError("predict takes one problem at a time; use the program that `over` was called on")
+    given_sites = getattr(posterior, "draws", None)
+    if not given_sites or not any(n in program.latents for n in given_sites):
+        found = f"one of {list(given_sites)}" if given_sites else f"{type(posterior).__name__}"
+        raise OptionError(f"predict takes a ppl.Posterior of the latent sites {list(program.latents)}, got {found}")
     generator = generator or torch.Generator(program.device).manual_seed(0)
     draws = {n: v for n, v in posterior.draws.items() if n in program.latents}
     lead = next(iter(draws.values())).shape[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ppl.errors import DataError, ProgramError, ShapeError
+from ppl.numbers import as_tensor
 
 __all__ = [
     "Layout",
@@ -25,8 +26,10 @@ __all__ = [
     "is_data",
     "is_deterministic",
     "is_factor",
+    "observed_tensor",
     "read_sites",
     "same_distribution",
+    "same_support",
     "unwrap",
 ]
 
@@ -171,14 +174,37 @@ def read_sites(trace: Any) -> dict[str, Site]:
     return sites
 
 
-def check_observations(trace: Any) -> None:
-    """Data are finite, of the shape their distribution has, and inside its support."""
+def observed_tensor(name: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Data of an observed site as a tensor.
+
+    Args:
+        name: of the site.
+        value: a tensor, a numpy array, a number, or a list of them.
+        dtype: floating type of plain numbers; torch's default when None.
+
+    Raises:
+        DataError: it does not hold numbers.
+    """
+    try:
+        return as_tensor(value, dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"observed site {name!r} has data of type {type(value).__name__}, expected a tensor, an array or numbers "
+            f"({error}); convert the data with torch.as_tensor"
+        ) from None
+
+
+def check_observations(trace: Any, moves: Callable[[str], bool] = lambda name: False) -> None:
+    """Data are finite, of the shape their distribution has, and inside its support.
+
+    Args:
+        trace: Pyro's trace of one run.
+        moves: whether the support of an observed site depends on latents: other values of them may hold the data.
+    """
     for name, node in trace.nodes.items():
         if not is_data(node):
             continue
         fn, value = node["fn"], node["value"]
-        if not isinstance(value, Tensor):
-            raise DataError(f"observed site {name!r} has data of type {type(value).__name__}, expected a torch tensor")
         expected = fn.shape()
         if value.shape != expected:
             raise ShapeError(
@@ -199,7 +225,7 @@ def check_observations(trace: Any) -> None:
         mask = node["mask"]
         if isinstance(mask, Tensor):
             inside = inside | ~mask
-        if mask is not False and not bool(torch.as_tensor(inside).all()):
+        if mask is not False and not bool(torch.as_tensor(inside).all()) and not moves(name):
             raise DataError(
                 f"observed site {name!r} has data outside the support of {type(unwrap(fn)).__name__} ({fn.support}); "
                 "check the units and the type of the data, or choose a distribution that covers them"
@@ -229,6 +255,19 @@ def check_latents(sites: Mapping[str, Site], data_dtype: torch.dtype | None, dat
                 f"the prior of site {site.name!r} is on {device}, but the data are on {data_device}; "
                 f"move one of them with .to(...)"
             )
+
+
+def same_support(a: Any, b: Any) -> bool:
+    """Whether two constraints have the same bounds."""
+    if type(a) is not type(b):
+        return False
+    ours, theirs = vars(a), vars(b)
+    return all(
+        same_support(ours[k], theirs[k])
+        if isinstance(ours[k], constraints.Constraint)
+        else not isinstance(ours[k], Tensor | int | float) or bool((torch.as_tensor(ours[k] == theirs[k])).all())
+        for k in ours
+    )
 
 
 def same_distribution(a: Any, b: Any) -> bool:

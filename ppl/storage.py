@@ -120,6 +120,11 @@ def _rich(value: Any) -> Any:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well; a kill leaves the old file whole.
 
+    Folders that are missing on the way are made: what took hours must not be lost to a path.
+
+    Raises:
+        IsADirectoryError: the path is a folder.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +134,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary

@@ -20,7 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ppl.sites import Layout, Leaf, is_data, unwrap
+from ppl.sites import Layout, Leaf, is_data, observed_tensor, unwrap
 
 __all__ = ["Run", "log_prob_of", "run_model", "seeded", "set_values", "settings", "values_of"]
 
@@ -81,6 +81,8 @@ class _Setter(Messenger):
                 msg["is_observed"], msg["value"] = False, None
             elif name in run.data:
                 msg["value"] = run.data[name]
+            if msg["is_observed"]:
+                msg["value"] = observed_tensor(name, msg["value"])
             return
         if msg["is_observed"]:  # deterministic sites and factors
             return

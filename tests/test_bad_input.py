@@ -17,8 +17,10 @@ Tested elsewhere, where the code lies:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -83,7 +85,7 @@ def test_something_else_than_a_program_or_a_backend() -> None:
     says(error, "the class Exact", "Exact()")
     with pytest.raises(OptionError) as error:
         ppl.infer(program, inverse.Exact(), draws=0)
-    says(error, "one or more", "draws=0")
+    says(error, "draws", "at least 1", "got 0")
 
 
 def test_data_of_another_shape_than_the_operator_gives() -> None:
@@ -104,6 +106,87 @@ def test_data_of_another_type_than_the_prior() -> None:
     with pytest.raises(DataError) as error:
         ppl.Program(model, torch.zeros(3, dtype=torch.float32))
     says(error, "'x'", "float64", "float32", ".to(")
+
+
+@pytest.mark.parametrize("name", ["draws", "chains", "seed"])
+def test_counts_that_are_no_integers(name: str) -> None:
+    program = gaussian_problem(0.3, dim=2, observations=1).program
+    for value in (2.5, "10", True, 2**70 if name == "seed" else 0):
+        with pytest.raises(OptionError) as error:
+            ppl.infer(program, inverse.Exact(), **{name: value})  # type: ignore[arg-type]
+        says(error, f"{name} must be an integer of at least", f"got {value!r}")
+    counts: Any = {"draws": 3, "chains": 2, "seed": 4}
+    arrays: Any = {n: numpy.int64(v) for n, v in counts.items()}
+    as_array = ppl.infer(program, inverse.Exact(), **arrays)
+    assert torch.equal(as_array["x"], ppl.infer(program, inverse.Exact(), **counts)["x"])
+
+
+def test_options_of_a_run_that_are_no_options(tmp_path: Path) -> None:
+    program = gaussian_problem(0.3, dim=2, observations=1).program
+    with pytest.raises(OptionError, match="callback must be a function of an Event, got 3"):
+        ppl.infer(program, inverse.Exact(), callback=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="checkpoint_every must be zero or more seconds, got 'a'"):
+        ppl.infer(program, inverse.Exact(), checkpoint=tmp_path / "c", checkpoint_every="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({"device": "gpu"}, ("'gpu'", "cpu")),
+        ({"device": torch.float64}, ("device=torch.float64", "dtype=torch.float64")),
+        ({"dtype": "float64"}, ("'float64'", "dtype=torch.float64")),
+        ({"dtype": torch.int64}, ("floating type", "int64")),
+    ],
+    ids=str,
+)
+def test_moving_to_no_place(place: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError) as error:
+        gaussian_problem(0.3, dim=2, observations=1).program.to(**place)
+    says(error, *words)
+
+
+def test_two_sites_of_one_name() -> None:
+    def model(y: Tensor) -> None:
+        for _ in range(2):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.raises(ProgramError) as error:
+        ppl.Program(model, torch.tensor(1.0))
+    says(error, "two sites", "'mu'", 'pyro.sample(f"x_{i}"')
+    assert "Trace Shapes" not in str(error.value)
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1), obs=y)
+
+
+def test_covariates_that_are_not_finite() -> None:
+    with pytest.raises(ProgramError) as error:
+        ppl.Program(regression, torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), torch.ones(2))
+    says(error, "arguments 'x'", "NaN or infinite", "remove them")
+    assert "Trace Shapes" not in str(error.value)
+
+
+def test_arguments_of_floating_types_that_do_not_go_together() -> None:
+    with pytest.raises(DataError) as error:
+        ppl.Program(regression, torch.ones(3, 2), torch.ones(3, dtype=F64))
+    says(error, "'x': torch.float32", "'y': torch.float64", ".to(torch.float64)")
+
+
+def test_simulate_and_predict_without_what_they_need() -> None:
+    program = gaussian_problem(0.3, dim=2, observations=1).program
+    with pytest.raises(OptionError) as error:
+        program.simulate(0)  # type: ignore[arg-type]
+    says(error, "torch.Generator", "got 0", "manual_seed")
+    with pytest.raises(OptionError) as error:
+        program.simulate(torch.Generator(), 0)
+    says(error, "size", "at least 1", "got 0")
+    for found, word in (({"x": torch.zeros(1, 2)}, "dict"), (ppl.Posterior({"z": torch.zeros(1, 2)}), "'z'")):
+        with pytest.raises(OptionError) as error:
+            program.predict(found)  # type: ignore[arg-type]
+        says(error, "ppl.Posterior", "'x'", word)
 
 
 @pytest.mark.parametrize("backend", GENERIC, ids=names(GENERIC))
@@ -187,6 +270,31 @@ def test_noise_level_of_zero_or_below(backend: Any, sigma: float) -> None:
         ppl.infer(ppl.Program(model, torch.ones(3, dtype=F64), torch.tensor(sigma, dtype=F64)), backend, draws=4)
     says(error, f"{sigma:g}".removesuffix(".0"))
     assert any(word in str(error.value) for word in ("positive", "GreaterThan"))
+
+
+def test_an_operator_that_torch_cannot_follow() -> None:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", PRIOR)
+        doubled = torch.from_numpy(2 * numpy.asarray(x.detach()))
+        pyro.sample("y", dist.Normal(doubled, 0.5).to_event(1), obs=y)
+
+    for backend in (inverse.DPS(steps=3), inverse.PiGDM(steps=3)):
+        with pytest.raises(CapabilityError) as error:
+            ppl.infer(ppl.Program(model, torch.ones(3, dtype=F64)), backend, draws=4)
+        says(error, "'y'", "differentiated by torch", "without numpy")
+
+
+@pytest.mark.parametrize("value", [2.5, "3", 0, True])
+def test_steps_and_particles_that_are_no_numbers_of_them(value: Any) -> None:
+    cases: list[tuple[Callable[..., Any], str]] = [
+        (inverse.TwistedSMC, "steps"),
+        (inverse.TwistedSMC, "particles"),
+        (inverse.MCGdiff, "steps"),
+        (inverse.DPS, "steps"),
+    ]
+    for make, name in cases:
+        with pytest.raises(OptionError, match=rf"{name} must be .* integer.*, got {value!r}"):
+            make(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ppl.backend import Exactness
 from ppl.cost import Cost
 from ppl.errors import NotFiniteError, OptionError
 from ppl.monitor import Monitor
+from ppl.option_checks import check_integers
 from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 
@@ -53,14 +54,10 @@ class ParticleBackend:
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 2:
-            raise OptionError(f"steps must be 2 or more noise levels, got {self.steps}")
-        if self.particles is not None and self.particles < 2:
-            raise OptionError(f"particles must be 2 or more, got {self.particles}")
+        check_integers(self, **{n: 2 for n in ("steps", "particles") if getattr(self, n) is not None})
         if not 0 < self.threshold <= 1:
             raise OptionError(f"threshold must lie in (0, 1], a share of the particles, got {self.threshold}")
-        if self.runs < 1:
-            raise OptionError(f"runs must be one or more, got {self.runs}")
+        check_integers(self, runs=1)
         Chunks(self.chunk)
 
     def problem(self, program: Program) -> DiffusionProblem:

@@ -136,7 +136,7 @@ class GuidedPreset(NeverExact):
 
 def check_steps(steps: int) -> None:
     """Raise OptionError unless steps is a positive integer."""
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise OptionError(f"steps must be a positive integer, got {steps!r}")
 
 

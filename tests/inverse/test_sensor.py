@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import special, stats
 
 from inverse.sensor import Censored, Quantised, log_normal_cdf, log_normal_mass
+from ppl import Program
+from ppl.errors import DataError
 
 F64 = torch.float64
 
@@ -94,3 +98,17 @@ def test_they_expand_and_refuse() -> None:
         Quantised(0.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="support"):
         Censored(0.0, 1.0, high=2.0, validate_args=True).expand((1,)).log_prob(torch.tensor([3.0]))
+
+
+def test_data_that_are_no_codes_are_refused() -> None:
+    """Between two steps, or beyond the last code: such data come from another sensor, or from another unit."""
+
+    def model(y: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", Quantised(mu, 1.0, 0.25, low=-1.0, high=1.0), obs=y)
+
+    assert Program(model, torch.tensor([0.25, -1.0, 1.0 + 1e-7])).data["y"].shape == (3,)
+    for y in (0.3, 1.25, -1.5):
+        with pytest.raises(DataError, match=r"support of Quantised \(multiples of 0\.25 in \[-1, 1\]\)"):
+            Program(model, torch.tensor([0.25, y]))

@@ -270,6 +270,30 @@ def test_bad_truth_and_reference_are_refused():
         compare(program, {"a": Normal()}, 10, truth={"x": torch.zeros(3)})
 
 
+def test_what_is_wrong_is_said_before_anything_runs():
+    program = Program(model, DATA)
+    never = {"a": Broken(error=AssertionError)}
+    with pytest.raises(ShapeError, match=r"truth of 'x' has shape \(3,\), the site has \(4,\)"):
+        compare(program, never, draws=10, truth={"x": torch.zeros(3)})
+    with pytest.raises(OptionError, match=r"the reference has sites \['z'\], the program \['x'\]"):
+        compare(program, never, draws=10, reference=Posterior({"z": torch.zeros(1, 100)}))
+    with pytest.raises(OptionError, match=r"expected a ppl\.Program, got function; wrap the model"):
+        compare(model, never, draws=10)
+    for backends in ([Normal()], Normal()):
+        with pytest.raises(OptionError, match=r'by name, such as \{"NUTS": ppl\.NUTS\(\)\}, got'):
+            compare(program, backends, draws=10)
+    with pytest.raises(OptionError, match="draws must be an integer of at least 1, got 0"):
+        compare(program, never, draws=0)
+
+
+def test_truth_as_plain_numbers():
+    figures = [
+        compare(Program(model, DATA), {"a": Normal()}, draws=50, truth={"x": truth}).table.loc["a", "rmse"]
+        for truth in (MEAN, MEAN.tolist(), MEAN.numpy())
+    ]
+    assert figures[0] == figures[1] == figures[2] > 0
+
+
 def test_same_seed_same_table():
     first, second = (compare(Program(model, DATA), {"a": Normal()}, 50, reference=exact).table for _ in range(2))
     assert first.drop(columns="seconds").equals(second.drop(columns="seconds"))

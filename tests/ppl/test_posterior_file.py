@@ -219,3 +219,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         dataclasses.replace(good, attrs={"thing": object()}).save(path)
     assert_same(good, Posterior.load(path))
     assert [file.name for file in tmp_path.iterdir()] == ["p.nc"]
+
+
+def test_missing_folders_are_made_and_a_folder_is_no_file(tmp_path: Path) -> None:
+    """A path that does not exist yet must not cost the draws."""
+    posterior = Posterior({"x": torch.zeros(1, 2)})
+    posterior.save(tmp_path / "not" / "there" / "yet.nc")
+    assert "x" in Posterior.load(tmp_path / "not" / "there" / "yet.nc")
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file in it"):
+        posterior.save(tmp_path / "not")

@@ -133,8 +133,31 @@ def test_data_outside_the_support():
         Program(model, t(1.0, -2.0))
     with pytest.raises(DataError, match="type list"):
         Program(
-            lambda y: (pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)), [1.0]
+            lambda y: (pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)), ["1"]
         )
+
+
+def test_data_whose_support_depends_on_a_latent():
+    """The first prior draw need not hold the data: uniform on (0, width), pareto above its scale."""
+
+    def model(y):
+        width = pyro.sample("width", dist.LogNormal(0.0, 0.1))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, width), obs=y)
+
+    program = Program(model, t(0.1, 5.0))
+    log_p = program.log_joint({"width": t(4.9, 5.1)})
+    assert log_p[0] == -torch.inf
+    prior = torch.distributions.LogNormal(0.0, 0.1).log_prob(t(5.1))
+    torch.testing.assert_close(log_p[1:], prior - 2 * t(5.1).log(), rtol=1e-4, atol=1e-4)
+
+    def fixed(y):
+        width = pyro.sample("width", dist.LogNormal(0.0, 0.1))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, torch.ones(2)).mask(width > -1), obs=y)
+
+    with pytest.raises(DataError, match="outside the support of Uniform"):
+        Program(fixed, t(0.1, 5.0))
 
 
 def test_nothing_to_infer():
