@@ -280,8 +280,8 @@ def air(batch: int, kinds: Sequence[str], rounds: int, calls: int) -> None:
         particles = 2 if kind == "IWAE" else 1
         mine, others, theirs = made(), made(), made()
         objective = ppl.objectives.IWELBO(2) if kind == "IWAE" else ppl.objectives.ELBO()
-        rule: Any = "enum" if kind == "ENUM" else ppl.objectives.Reinforce("none")
-        estimators = {f"present_{t}": rule for t in range(mine.steps)}
+        plain: dict[str, Any] = {f"present_{t}": ppl.objectives.Reinforce("none") for t in range(mine.steps)}
+        estimators = mine.enumeration() if kind == "ENUM" else plain
         program = ppl.Program(mine.model, images, batch, compile="never")
         arms = {"ours": ours(program, mine.guide, objective, estimators)}
         arms["by hand"] = air_by_hand(others, images, batch, kind, particles)

@@ -32,7 +32,7 @@ test, truth = scenes((digits.held_out[:, 0] + 1) / 2, 500, generator, SIZE)
 steps, fits = (10 if SMOKE else 3000), {}
 for estimator in ("enum", "reinforce"):
     air = AIR(size=SIZE, steps=2, hidden=64, sigma=0.2)
-    coins = {f"present_{t}": estimator for t in range(air.steps)}
+    coins = air.enumeration() if estimator == "enum" else {f"present_{t}": estimator for t in range(air.steps)}
     backend = ppl.SVI(guide=air.guide, steps=steps, particles=1, lr=4e-3, lr_ratio=0.1, estimators=coins)
     fits[estimator] = backend.fit(ppl.Program(air.model, train, 64))
     for name in ("decoder", "glimpse", "image", "recur", "seen", "head"):

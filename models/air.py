@@ -74,6 +74,18 @@ class AIR(nn.Module):
         self.register_buffer("centre", torch.tensor([size / window, 0.0, 0.0]))
         self.register_buffer("spread", torch.tensor([0.2, 0.4, 0.4]))
 
+    def enumeration(self) -> dict[str, Any]:
+        """Estimators, `ppl.SVI(estimators=...)`, that sum over how many objects there are: steps + 1 states.
+
+        Example:
+            >>> AIR(steps=2).enumeration()["present_1"].after
+            'present_0'
+        """
+        from ppl.objectives import Enumerate
+
+        before = [None, *(f"present_{t}" for t in range(self.steps - 1))]
+        return {f"present_{t}": Enumerate(after=name) for t, name in enumerate(before)}
+
     # The model -------------------------------------------------------------------------------------------------------
 
     def model(self, images: Tensor, batch: int | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ppl.arithmetic import shorten
+from ppl.broadcast import shrink
 from ppl.repeats import join
 from ppl.rewrites import mutates, new_name
 
@@ -62,6 +63,7 @@ def simplify(module: fx.GraphModule, keep_detach: bool = False, repeats: bool = 
             size = len(module.graph.nodes)
             _fold(module)
             _peephole(module, keep_detach)
+            shrink(module)
             if i > 0 or not repeats:  # before the steps of a loop are joined they should look alike
                 shorten(module)
             _share_attributes(module)

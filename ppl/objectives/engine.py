@@ -248,7 +248,7 @@ class Engine:
     def cost(self, ctx: Context) -> Tensor:
         """(samples, *data) the objective, times the probability of the enumerated states."""
         value = self._value(ctx)
-        weight = ctx.weight = self._weight(ctx)
+        weight = ctx.weight = self.state_weight(ctx)
         return value if weight is None else weight * value
 
     # Parts of the surrogate ------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class Engine:
         part = part.expand(whole.shape[:1] + part.shape[1:])
         return part if ctx.weight is None else self.plan.spread(ctx.weight, 1) * part
 
-    def _weight(self, ctx: Context) -> Tensor | None:
+    def state_weight(self, ctx: Context) -> Tensor | None:
         """(samples, *data) probability of the joint state of each sample's enumerated sites; `None` without any."""
         if not self.plan.states:
             return None

@@ -56,12 +56,16 @@ class Enumerate:
 
     Args:
         limit: joint states that are allowed.
+        after: name of an earlier enumerated site that this one waits for: it stays in its first state (0, False) where
+            the other is in its own. The impossible joint states are then left out: of n coins in a row, each after the
+            one before, n + 1 states are left of 2^n. That the guide gives the others no probability is checked.
 
     Raises:
         OptionError: the limit is below two.
     """
 
     limit: int = 4096
+    after: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit < 2:

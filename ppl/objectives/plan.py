@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppl.errors import CapabilityError, ShapeError
+from ppl.errors import CapabilityError, OptionError, ProgramError, ShapeError
 from ppl.objectives.choice import chosen, defaults, support_of
 from ppl.objectives.context import Context
 from ppl.objectives.draw import Address
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ppl.objectives.engine import Engine
 
 __all__ = ["Plan", "make_plan"]
+
+IMPOSSIBLE = 1e-6  # probabilities are clamped at the rounding of their type, 1e-7 in single precision
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Plan:
         states: finite supports of the enumerated sites.
         shapes: shapes of their values at one sample, without the axes of one coordinate.
         lanes: lane axes of every site.
+        kept: which joint states of the enumerated sites are possible, as places in the list of all; None for all.
         complete: whether the dry run is over.
     """
 
@@ -51,6 +54,7 @@ class Plan:
     states: dict[Address, Tensor] = field(default_factory=dict)
     shapes: dict[Address, tuple[int, ...]] = field(default_factory=dict)
     lanes: dict[Address, int] = field(default_factory=dict)
+    kept: Tensor | None = None
     complete: bool = False
 
     @property
@@ -65,8 +69,32 @@ class Plan:
 
     @property
     def joint(self) -> int:
-        """Joint states of all enumerated sites of a datum."""
+        """Joint states of all enumerated sites of a datum that are possible."""
+        if self.kept is not None:
+            return len(self.kept)
         return math.prod(len(self.states[a]) ** math.prod(self.shapes[a]) for a in self.states)
+
+    def possible(self, waits: Mapping[Address, Address]) -> Tensor:
+        """(joint states,) whether every site that waits for another does so."""
+        table = self.table(None)
+        keep = torch.ones(len(next(iter(table.values()))), dtype=torch.bool, device=self.programs.device)
+        for address, other in waits.items():
+            keep &= ((table[address] == 0) | (table[other] > 0)).all(1)
+        return keep
+
+    def table(self, rows: Tensor | None) -> dict[Address, Tensor]:
+        """(rows, coordinates) which state each enumerated site is in, in some joint states or in all."""
+        counts = {a: math.prod(self.shapes[a]) for a in self.states}
+        if rows is None:
+            total = math.prod(len(self.states[a]) ** counts[a] for a in self.states)
+            rows = torch.arange(total, device=self.programs.device)
+        table = {}
+        for address, count in counts.items():
+            size = len(self.states[address])
+            places = size ** torch.arange(count, device=self.programs.device)
+            table[address] = rows[:, None] // places % size
+            rows = rows // size**count
+        return table
 
     def collect(self, x: Tensor, lanes: int) -> Tensor:
         """Sum (*lanes, *plates) over all plates but the shared ones: (*lanes, *data)."""
@@ -103,20 +131,15 @@ class Plan:
         fixed = {lanes - 1} | {ndim - event + d for d in self.dims}
         return [i for i in range(ndim) if i not in fixed]
 
-    def assignments(self, samples: int) -> dict[Address, Tensor]:
-        """Values of all enumerated sites: every joint state, for every sample."""
-        digits = [(a, len(self.states[a])) for a in self.states for _ in range(math.prod(self.shapes[a]))]
-        total = math.prod(size for _, size in digits)
-        rest = torch.arange(total, device=self.programs.device)
-        columns: dict[Address, list[Tensor]] = {a: [] for a in self.states}
-        for address, size in digits:
-            columns[address].append(rest % size)
-            rest = rest // size
+    def assignments(self, samples: int, rows: Tensor | None = None) -> dict[Address, Tensor]:
+        """Values of all enumerated sites: every possible joint state, or those of some rows, for every sample."""
+        if not self.states:
+            return {}
         forced = {}
-        for address, parts in columns.items():
+        for address, index in self.table(self.kept if rows is None else rows).items():
             # (joint states, *coordinates), the axis of samples among them of size one.
             lanes, shape = self.lanes[address], self.shapes[address]
-            index = torch.stack(parts, 1).reshape(total, *shape).movedim(0, lanes - 1)
+            index = index.reshape(len(index), *shape).movedim(0, lanes - 1)
             index = index.expand(*index.shape[:lanes], samples, *index.shape[lanes + 1 :])
             index = index.flatten(lanes - 1, lanes)
             forced[address] = self.states[address][index]
@@ -175,7 +198,50 @@ def make_plan(engine: Engine) -> Plan:
         plan.estimators[address] = estimator
     plan.complete = True
     _check_together(plan)
+    _leave_out(engine, plan, params)
     return plan
+
+
+def _leave_out(engine: Engine, plan: Plan, params: dict[str, Tensor]) -> None:
+    """Note which enumerated sites wait for another, and that the guide agrees.
+
+    Raises:
+        OptionError: a site waits for one that is not enumerated before it, or has other coordinates.
+        ProgramError: the guide gives probability to states that should be impossible.
+    """
+    waits: dict[Address, Address] = {}
+    for address, estimator in plan.estimators.items():
+        if not isinstance(estimator, Enumerate) or estimator.after is None:
+            continue
+        other = (address[0], estimator.after)
+        order = list(plan.states)
+        if other not in order or order.index(other) >= order.index(address):
+            before = [n for c, n in order[: order.index(address)] if c == address[0]]
+            raise OptionError(
+                f"site {address[1]!r} is enumerated after {estimator.after!r}, which is no enumerated site before it; "
+                f"those are {before}"
+            )
+        if math.prod(plan.shapes[other]) != math.prod(plan.shapes[address]):
+            raise OptionError(
+                f"site {address[1]!r} is enumerated after {estimator.after!r}, which has other coordinates: "
+                f"{plan.shapes[address]} and {plan.shapes[other]} of one datum"
+            )
+        waits[address] = other
+    if not waits:
+        return
+    possible = plan.possible(waits)
+    plan.kept, rows = possible.nonzero()[:, 0], (~possible).nonzero()[:, 0]
+    with torch.no_grad(), seeded(engine._generator), settings(plan.programs.dtype, validate=False):
+        ctx = Context(engine, params, len(rows), {}, {}, plan.assignments(1, rows), len(rows))
+        engine.objective(ctx, engine.model, engine.guide)
+        weight = engine.state_weight(ctx)
+    assert weight is not None
+    if not float(weight.max()) <= IMPOSSIBLE:
+        raise ProgramError(
+            f"the guide gives a state that should be impossible the probability {float(weight.max()):.2g}: sites "
+            f"{sorted(n for _, n in waits)} wait for others, Enumerate(after=...), and must then stay in their "
+            "first state; multiply their probability by the other's value, or leave out `after`"
+        )
 
 
 def _check_together(plan: Plan) -> None:
