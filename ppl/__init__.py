@@ -30,7 +30,8 @@ from ppl.posterior import Estimate, Posterior
 from ppl.program import Program
 from ppl.shadow import warn_if_shadowed
 from ppl.smc import SMC
-from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, LowRank, MeanField
+from ppl.transport import Transport
+from ppl.vi import SVI, AutoGuide, FittedGuide, Flow, FullRank, Hierarchical, LowRank, MeanField
 
 __all__ = [
     "HMC",
@@ -54,6 +55,7 @@ __all__ = [
     "FullRank",
     "Gibbs",
     "HMCKernel",
+    "Hierarchical",
     "Importance",
     "Kernel",
     "Laplace",
@@ -75,6 +77,7 @@ __all__ = [
     "ShapeError",
     "SliceKernel",
     "TraceError",
+    "Transport",
     "WeightsError",
     "compare",
     "infer",

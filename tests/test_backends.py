@@ -210,6 +210,12 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
         (inverse.ScorePriorVI(guide=ppl.Flow(transforms=1, hidden=(8,)), bound="immse", levels=2, steps=6), linear),
     ],
     "SplitGibbs": [(inverse.SplitGibbs(steps=3, warmup=3), linear)],
+    "Transport": [
+        (ppl.Transport(ppl.HMC(warmup=20, max_steps=8), ppl.SVI(guide=ppl.LowRank(1), steps=8)), plain),
+        (ppl.Transport(ppl.NUTS(warmup=10, max_depth=3), ppl.SVI(guide=ppl.MeanField(), steps=8)), plain),
+        (ppl.Transport(ppl.HMC(warmup=20, max_steps=4), ppl.SVI(guide=ppl.Hierarchical(ascent=1), steps=8)), plain),
+        (ppl.NoiseSpace(ppl.Transport(ppl.HMC(warmup=20, max_steps=8), ppl.SVI(steps=8))), linear),
+    ],
     "TwistedSMC": [
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), linear),
         (inverse.TwistedSMC(steps=3, particles=12, runs=2), two_sites),

@@ -66,6 +66,11 @@ CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
     "NoiseSpace(HMC)": (lambda: ppl.NoiseSpace(ppl.HMC(warmup=100)), 50, 64),
     "NoiseSpace(NUTS)": (lambda: ppl.NoiseSpace(ppl.NUTS(warmup=100)), 200, 2),
     "NoiseSpace(SVI)": (lambda: ppl.NoiseSpace(ppl.SVI(guide=ppl.FullRank(), steps=300)), 2000, 1),
+    "NoiseSpace(Transport(HMC))": (
+        lambda: ppl.NoiseSpace(ppl.Transport(ppl.HMC(warmup=100), ppl.SVI(guide=ppl.FullRank(), steps=300))),
+        50,
+        64,
+    ),
     "ParallelTempering": (lambda: inverse.ParallelTempering(levels=3, warmup=50), 50, 64),
     "PiGDM": (lambda: inverse.PiGDM(steps=30), 2000, 1),
     # One draw a chain: draws of a biased chain are not independent, and nothing says how many they are worth.

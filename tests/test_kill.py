@@ -110,6 +110,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
         lambda: ppl.SVI(guide=coins, objective=ppl.objectives.IWELBO(3), steps=12, estimators={"coin": "reinforce"}),
         switched,
     ),
+    "Transport": (
+        lambda: ppl.Transport(ppl.HMC(warmup=20, max_steps=8), ppl.SVI(guide=ppl.MeanField(), steps=12)),
+        plain,
+    ),
     "TwistedSMC": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), linear),
     "TwistedSMC on many problems": (lambda: inverse.TwistedSMC(steps=5, particles=8, runs=2, threshold=1.0), many),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ppl.vi.fitted import FittedGuide
-from ppl.vi.guides import AutoGuide, Flow, FullRank, Guide, LowRank, MeanField
+from ppl.vi.guides import AutoGuide, Flow, FullRank, Guide, Hierarchical, LowRank, MeanField
 from ppl.vi.svi import SVI
 
-__all__ = ["SVI", "AutoGuide", "FittedGuide", "Flow", "FullRank", "Guide", "LowRank", "MeanField"]
+__all__ = ["SVI", "AutoGuide", "FittedGuide", "Flow", "FullRank", "Guide", "Hierarchical", "LowRank", "MeanField"]

@@ -21,12 +21,12 @@ from ppl.program import Program
 from ppl.storage import load_tensors
 from ppl.vi.fitted_base import Fitted, Weighed, check_size
 from ppl.vi.full_data import full_log_density, full_values
-from ppl.vi.guides import AutoGuide, Flow, FullRank, Guide, LowRank, MeanField
+from ppl.vi.guides import AutoGuide, Flow, FullRank, Guide, Hierarchical, LowRank, MeanField
 from ppl.vi.guides.guide import with_program
 
 __all__ = ["FittedGuide", "bound_guide"]
 
-KINDS: dict[str, Any] = {c.__name__: c for c in (MeanField, FullRank, LowRank, Flow)}
+KINDS: dict[str, Any] = {c.__name__: c for c in (MeanField, FullRank, LowRank, Hierarchical, Flow)}
 
 
 @dataclass(frozen=True, eq=False)
