@@ -42,7 +42,7 @@ found = {name: ppl.infer(program, engine, draws=draws, chains=n, seed=0) for nam
 
 # %% figure: lines of people drawn to the common one; the common line and the spread of people under each engine
 
-figure, (lines, *densities) = plt.subplots(1, 5, figsize=(13, 3.4), width_ratios=[1.5, 1, 1, 1, 1])
+figure, (lines, *densities) = plt.subplots(1, 5, figsize=(14, 3.6), width_ratios=[1.5, 1, 1, 1, 1])
 pooled = found["NUTS"].mean("theta")
 for alone, together in zip(own, pooled, strict=True):
     ends = torch.stack([alone, together])
@@ -50,8 +50,13 @@ for alone, together in zip(own, pooled, strict=True):
 lines.plot(own[:, 1], own[:, 0], "o", color="0.5", ms=4, label="alone")
 lines.plot(pooled[:, 1], pooled[:, 0], "o", color="C0", ms=4, label="in the hierarchy")
 lines.plot(*own.mean(0)[[1, 0]], "+", color="crimson", ms=14, mew=2, label="mean")
-lines.set(xlabel="intercept, ms", ylabel="slope, ms per day", title="each person's line: 18 people")
+lines.set(
+    xlabel="intercept: reaction time on day 0, ms",
+    ylabel="slope, ms per day",
+    title="each person's line: 18 people",
+)
 titles = ("common slope", "common intercept", "sd of slopes", "sd of intercepts")
+units = 2 * ("reaction time, ms per day", "reaction time, ms")
 truths = torch.cat([own.mean(0), spread])
 ranges = ((4, 17), (225, 278), (2, 12), (8, 50))
 looks = ({"fill": True, "color": "0.8"}, {"lw": 2, "color": "C1"}, {"lw": 1.5, "color": "C0", "ls": "--"})
@@ -61,10 +66,11 @@ for (name, posterior), look in zip(found.items(), looks, strict=True):
     print(name, *(f"{t} {m:.2f} ± {s:.2f}" for t, m, s in zip(titles, values.mean(0), values.std(0), strict=True)))
     for axis, value, place in zip(densities, values.T, ranges, strict=True):
         axis.hist(value.numpy(), bins=26, range=place, density=True, histtype="step", label=name, **look)
-for axis, title, truth in zip(densities, titles, truths, strict=True):
+for axis, title, unit, truth in zip(densities, titles, units, truths, strict=True):
     axis.axvline(float(truth), color="crimson", lw=1, label="restricted maximum likelihood")
-    axis.set(title=title, yticks=[])
-figure.tight_layout(rect=(0, 0.07, 1, 1))
+    axis.set(title=title, xlabel=unit, yticks=[])
+densities[0].set_ylabel("posterior density")
+figure.tight_layout(rect=(0, 0.08, 1, 1))
 for axis, place in ((lines, 0.18), (densities[0], 0.66)):
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="lower center", bbox_to_anchor=(place, 0), ncols=4)
 figure.savefig("sleep_study.png", dpi=150)
