@@ -213,7 +213,6 @@ CASES: dict[str, list[tuple[Any, Callable[[], ppl.Program]]]] = {
     "Transport": [
         (ppl.Transport(ppl.HMC(warmup=20, max_steps=8), ppl.SVI(guide=ppl.LowRank(1), steps=8)), plain),
         (ppl.Transport(ppl.NUTS(warmup=10, max_depth=3), ppl.SVI(guide=ppl.MeanField(), steps=8)), plain),
-        (ppl.Transport(ppl.HMC(warmup=20, max_steps=4), ppl.SVI(guide=ppl.Hierarchical(ascent=1), steps=8)), plain),
         (ppl.NoiseSpace(ppl.Transport(ppl.HMC(warmup=20, max_steps=8), ppl.SVI(steps=8))), linear),
     ],
     "TwistedSMC": [
