@@ -94,6 +94,8 @@ class DiffusionPrior(DenoisingPrior):
     ) -> None:
         if not callable(denoiser):
             raise ValueError(f"denoiser must be callable as (x, sigma), got {type(denoiser).__name__}")
+        if len(data_range) != 2:
+            raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
         low, high = data_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
@@ -103,6 +105,10 @@ class DiffusionPrior(DenoisingPrior):
             raise ValueError(f"log_prob_steps must be positive, got {log_prob_steps}")
         if probes is not None and probes < 0:
             raise ValueError(f"probes must be zero (exact trace) or more, got {probes}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating type, such as torch.float32, got {dtype!r}")
+        if solver is not None and (isinstance(solver, type) or not callable(getattr(solver, "step", None))):
+            raise ValueError(f"solver must be one of sde's solvers, such as sde.DPMSolver2MSDE(), got {solver!r}")
         found_dtype, found_device = _home(denoiser)
         self._dtype = dtype or found_dtype
         self._device = torch.device(device) if device is not None else found_device
@@ -182,6 +188,12 @@ class DiffusionPrior(DenoisingPrior):
                     count.calls += 1
                     count.evals += len(rows)
                 denoised = call_denoiser(denoiser, rows, level, None if label is None else label[at : at + size])
+                if not isinstance(denoised, Tensor) or denoised.dtype != rows.dtype:
+                    found = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
+                    raise ValueError(
+                        f"the denoiser returned {found} for x of {rows.dtype}; it must return a tensor like x, so end "
+                        "it with .to(x.dtype), or give the prior the network's dtype="
+                    )
                 if denoised.shape != rows.shape:
                     raise ValueError(
                         f"the denoiser returned shape {tuple(denoised.shape)} for x of shape {tuple(rows.shape)}; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,13 +106,21 @@ def _best(judged: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor, low: 
     return HurstEstimate(best, *judged(best))
 
 
-def _check_series(increments: Tensor, least: int) -> None:
-    """Refuse series that are short or not finite."""
+def _check_series(increments: Any, least: int, low: float, high: float) -> Tensor:
+    """The series in a floating type; refuses those that are short, not finite or nothing but zeros."""
+    increments = torch.as_tensor(increments)
+    if not increments.is_floating_point():
+        increments = increments.double()
+    if not 0 < low < high < 1:
+        raise ValueError(f"the indices looked at need 0 < low < high < 1, got low={low}, high={high}")
     if increments.ndim < 1 or increments.shape[-1] < least or not bool(increments.isfinite().all()):
         raise ValueError(
             f"expected (*batch, n) finite increments with n of at least {least}, got shape {tuple(increments.shape)}; "
             "give the differences of the path, not its values"
         )
+    if bool((increments == 0).all(-1).any()):
+        raise ValueError("a series of increments is zero throughout: its path does not move, and every index fits it")
+    return increments
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def hurst_mle(increments: Tensor, *, low: float = 0.01, high: float = 0.99) -> H
         >>> abs(hurst_mle(x).hurst.item() - 0.5) < 0.15
         True
     """
-    _check_series(increments, 4)
+    increments = _check_series(increments, 4, low, high)
     series, n = increments.double(), increments.shape[-1]
     lags = torch.arange(n, dtype=series.dtype, device=series.device)
 
@@ -162,7 +170,7 @@ def hurst_whittle(increments: Tensor, *, low: float = 0.01, high: float = 0.99) 
         >>> abs(hurst_whittle(x).hurst.item() - 0.5) < 0.15
         True
     """
-    _check_series(increments, 8)
+    increments = _check_series(increments, 8, low, high)
     periodogram = _periodogram(increments)
 
     def judged(hurst: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,13 +72,15 @@ class Path(TorchDistribution):
         compile: bool = False,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(process, Process):
+            raise ValueError(f"process must be a Process, such as Process(drift, diffusion), got {process!r}")
         times = torch.as_tensor(times)
         known = np.asarray(times.tolist(), dtype=np.float64)  # numpy() has no data where a transform is under way
         increasing = known.ndim == 1 and len(known) > 0 and bool((np.diff(known, prepend=start) > 0).all())
         if not increasing or not np.isfinite([start, known[-1]]).all():
             raise ValueError(
-                f"times must be finite, strictly increasing and after the start at {start:g}, got "
-                f"{known.tolist()[:8]}; give `start` the time of `initial`, and make repeated times one"
+                f"times, (n,), must be finite, strictly increasing and after the start at {start:g}, got "
+                f"{np.atleast_1d(known).tolist()[:8]}; give `start` the time of `initial`, and make repeated times one"
             )
         if dt is not None and not (math.isfinite(dt) and dt > 0):
             raise ValueError(f"dt must be positive, the longest step, got {dt!r}")
@@ -138,7 +140,7 @@ class Path(TorchDistribution):
         """The exact law of a linear path, with everything that conditions a Gaussian: one component over (n, d).
 
         Raises:
-            ValueError: drift or diffusion are not linear in the state, or there is a batch shape.
+            ValueError: drift or diffusion are not linear in the state, there is a batch shape, or nothing moves.
 
         Example:
             >>> law = Path(Process(lambda x, t: -x), torch.tensor([0.5, 1.0])).gaussian()
@@ -155,6 +157,11 @@ class Path(TorchDistribution):
         with torch.no_grad():
             x = self.from_noise(basis).double()
         columns = (x[1:] - x[0]).flatten(1)
+        if not bool((columns != 0).any()):
+            raise ValueError(
+                f"the diffusion of this path is zero from time {self.start:g} to {float(self.times[-1]):g}, so that no "
+                "noise moves it; give Process(drift, diffusion) a diffusion, or compute the path without a site"
+            )
         covariance = columns.mT @ columns
         mean, one = x[:1].to(self.dtype), torch.ones(1, dtype=self.dtype, device=self.device)
         return GaussianMixture(one, mean, covariance[None].to(self.dtype))

@@ -66,11 +66,20 @@ class DenoisingPrior(TorchDistribution):
             raise ValueError(f"noise_solver must be deterministic, got {noise_solver}; use DDIM() or DPMSolver2M()")
         if not (math.isfinite(data_std) and data_std > 0):
             raise ValueError(f"data_std must be positive and finite, got {data_std}")
-        grid(sigma_max, sigma_min, steps)
+        try:
+            shape = Size(event_shape)
+        except TypeError:
+            shape = Size((-1,))
+        if min(shape, default=1) < 1:
+            raise ValueError(f"event_shape must be the shape of one draw, such as (1, 28, 28), got {event_shape!r}")
+        if not callable(grid):
+            raise ValueError(f"grid must be a function such as sde.log_grid or sde.edm_grid, got {grid!r}")
+        for number in (steps, noise_steps):
+            grid(sigma_max, sigma_min, number)
         self.sigma_min, self.sigma_max, self.data_std = float(sigma_min), float(sigma_max), float(data_std)
         self.steps, self.noise_steps, self.noise_solver, self.grid = steps, noise_steps, noise_solver, grid
         self.counters: list[CallCount] = []
-        super().__init__(Size(), Size(event_shape), validate_args=validate_args)
+        super().__init__(Size(), shape, validate_args=validate_args)
 
     # What a subclass provides.
 

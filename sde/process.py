@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,7 +48,9 @@ class Process:
     sense: Literal["ito", "stratonovich"] = "ito"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.noise, Noise):
+        for name in ("drift", "diffusion"):
+            _check_coefficient(name, getattr(self, name))
+        if isinstance(self.noise, type) or not isinstance(self.noise, Noise):
             raise ValueError(f"noise must be BrownianNoise() or a MarkovNoise, got {self.noise!r}")
         if self.sense not in ("ito", "stratonovich"):
             raise ValueError(f"sense must be 'ito' or 'stratonovich', got {self.sense!r}")
@@ -133,6 +136,22 @@ class Process:
     def size(self, d: int) -> int:
         """m, how many noises drive d coordinates."""
         return d if self.noises is None else self.noises
+
+
+def _check_coefficient(name: str, coefficient: Any) -> None:
+    """Refuse what is neither numbers nor a function of (x, t): time in front, as in torchsde, goes wrong silently."""
+    if not callable(coefficient):
+        if not isinstance(coefficient, Tensor | float | int):
+            raise ValueError(f"the {name} must be a function of (x, t), a number or a tensor, got {coefficient!r}")
+        return
+    try:
+        names = list(inspect.signature(coefficient).parameters)
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return
+    if names[:1] in (["t"], ["time"]) and len(names) > 1:
+        raise ValueError(
+            f"the {name} is called as {name}(x, t), but takes ({', '.join(names)}); exchange its arguments"
+        )
 
 
 def _evaluate(coefficient: Any, x: Tensor, t: Tensor) -> Any:

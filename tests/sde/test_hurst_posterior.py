@@ -22,6 +22,7 @@ from sde import (
     Process,
     fgn_autocovariance,
     hurst_mle,
+    hurst_whittle,
     refitted_noise,
 )
 from sde.fractional import Kind
@@ -304,8 +305,22 @@ def test_posterior_and_maximum_are_close() -> None:
         (lambda: MarkovIncrements(MarkovNoise(0.3, 4.0), 0), "n must be a positive integer"),
         (lambda: MarkovIncrements(MarkovNoise(0.3, 4.0), 5), r"5 steps of 1 leave the noise's horizon of 4"),
         (lambda: MarkovIncrements(MarkovNoise(lambda t: 0.3 + 0 * t, 4.0), 4), "depends on time"),
+        (lambda: hurst_mle(torch.zeros(2, 50)), "zero throughout"),
+        (lambda: hurst_whittle(torch.zeros(50)), "zero throughout"),
+        (lambda: hurst_mle(torch.ones(50), low=0.9, high=0.1), r"0 < low < high < 1, got low=0\.9"),
     ],
 )
 def test_bad_input(call: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_whole_numbers_and_arrays_are_series_too() -> None:
+    """Counts, as those of ticks, are not rounded back to whole indices; arrays are taken as they are."""
+    x = (10 * series(0.3, 256, 1)[0]).round()
+    for estimate in (hurst_mle, hurst_whittle):
+        expected = estimate(x)
+        for same in (x.long(), x.numpy(), x.tolist()):
+            found = estimate(same)  # type: ignore[arg-type]
+            assert 0.15 < float(expected.hurst) < 0.45
+            torch.testing.assert_close(float(found.hurst), float(expected.hurst), rtol=1e-3, atol=1e-3)

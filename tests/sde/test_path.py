@@ -291,6 +291,13 @@ def test_hurst_index_and_path_in_one_program() -> None:
         ),
         (lambda: Path(Process(noise=MarkovNoise(0.9, 1e3, "I")), ONE), r"relative error is 1\.68.*horizon=1"),
         (lambda: Process(sense="kelvin"), "sense must be"),  # type: ignore[arg-type]
+        (lambda: Process(lambda t, x: -x), r"called as drift\(x, t\), but takes \(t, x\); exchange"),
+        (lambda: Process(0.0, lambda time, y: y), r"called as diffusion\(x, t\), but takes \(time, y\)"),
+        (lambda: Process("ou"), r"drift must be a function of \(x, t\), a number or a tensor, got 'ou'"),  # type: ignore[arg-type]
+        (lambda: Process(noise=BrownianNoise), "noise must be BrownianNoise"),  # type: ignore[arg-type]
+        (lambda: Path(lambda x, t: -x, ONE), "process must be a Process"),  # type: ignore[arg-type]
+        (lambda: Path(Process(), torch.tensor(1.0)), r"times, \(n,\), must be finite.*got \[1\.0\]"),
+        (lambda: Path(Process(-1.0, 0.0), ONE).gaussian(), "zero from time 0 to 1, so that no noise moves it"),
         (lambda: Process(noises=2), "noises=2 is for general=True"),
         (lambda: Process(noise=0.3), "noise must be BrownianNoise"),  # type: ignore[arg-type]
         (

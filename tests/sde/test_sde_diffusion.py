@@ -374,6 +374,22 @@ def test_grid_and_facts() -> None:
             lambda: DiffusionPrior(lambda x, s: x[:, :1], (3,)).denoise(torch.zeros(2, 3), 1.0),
             "the denoiser returned shape",
         ),
+        (lambda: wrap(MIXTURE, data_range=(0.0,)), "data_range must be"),
+        (lambda: wrap(MIXTURE, solver=DDIM), "solver must be one of sde's solvers"),
+        (lambda: wrap(MIXTURE, solver="ddim"), "solver must be one of sde's solvers"),
+        (lambda: wrap(MIXTURE, grid=3), "grid must be a function"),
+        (lambda: wrap(MIXTURE, noise_steps=0), "steps must be"),
+        (lambda: DiffusionPrior(lambda x, s: x, 3), "event_shape must be the shape of one draw"),
+        (lambda: DiffusionPrior(lambda x, s: x, (-3,)), "event_shape must be the shape of one draw"),
+        (lambda: DiffusionPrior(lambda x, s: x, (3,), dtype="float32"), "dtype must be a floating type"),
+        (
+            lambda: DiffusionPrior(lambda x, s: x.double(), (3,)).denoise(torch.zeros(2, 3), 1.0),
+            r"returned torch\.float64 for x of torch\.float32; .*\.to\(x\.dtype\)",
+        ),
+        (
+            lambda: DiffusionPrior(lambda x, s: x.numpy(), (3,)).denoise(torch.zeros(2, 3), 1.0),
+            r"returned ndarray for x of torch\.float32",
+        ),
     ],
 )
 def test_errors_at_the_door(call: Callable[[], object], message: str) -> None:
