@@ -60,6 +60,7 @@ for (top, bottom), hurst, seed in zip(axes.T, HURST, range(1, 4), strict=False):
 
     top.plot(torch.nn.functional.pad(x.cumsum(0), (1, 0)), lw=0.8, color="C0")
     top.set_title(f"a record with H = {hurst}", fontsize=9)
+    top.set_xlabel("step", fontsize=9)
     centre, wide = float(by_nuts.mean("h")), 5 * float(by_nuts.sd("h"))
     bins = torch.linspace(centre - wide, centre + wide, 41)
     for found, style in ((by_nuts, {"alpha": 0.35}), (by_svi, {"histtype": "step", "lw": 1.5, "color": "C1"})):

@@ -17,22 +17,22 @@ from models.rough_volatility import DAY, RoughVolatility, posterior_predictive_c
 
 SMOKE = "--smoke" in sys.argv
 days = market("2008-10-01", "2009-01-31") if SMOKE else market("2007-07-02", "2009-06-30")
-# The log range of a day of Brownian motion has sd 0.29 (Alizadeh, Brandt and Diebold, 2002): left free, this error is
-# taken for roughness, and H falls to 0.09.
+# The log range of a day of Brownian motion has sd 0.29 (Alizadeh, Brandt and Diebold, 2002).
 model = RoughVolatility(error=0.29)
 programs = {
     "returns alone": model.program(days.returns),
     "returns and ranges": model.program(days.returns, days.log_range),
 }
 
-# %% one program, two engines; H and everything else unknown
+# %% one program, two engines; H and everything else unknown. The chains run in the coordinates of the fit, corrected
 
-chains = ppl.NoiseSpace(ppl.HMC(warmup=20 if SMOKE else 150, adaptation="quarter_turn", max_steps=8 if SMOKE else 64))
-fit = ppl.NoiseSpace(ppl.SVI(guide=ppl.LowRank(16), steps=20 if SMOKE else 2000, particles=8))
-draws = 10 if SMOKE else 120
-found = {f"{name}, HMC": ppl.infer(program, chains, draws=draws, chains=8) for name, program in programs.items()}
+fit = ppl.SVI(guide=ppl.Hierarchical(), steps=20 if SMOKE else 2500, lr=0.05)
+hmc = ppl.HMC(warmup=20 if SMOKE else 120, adaptation="quarter_turn", max_steps=8 if SMOKE else 48, target_accept=0.85)
+chains, draws = (2, 10) if SMOKE else (16, 200)
+engine = ppl.NoiseSpace(ppl.Transport(hmc, fit))
+found = {f"{name}, HMC": ppl.infer(program, engine, draws, chains) for name, program in programs.items()}
 both = programs["returns and ranges"]
-found["returns and ranges, SVI"] = ppl.infer(both, fit, draws=8 * draws)
+found["returns and ranges, SVI"] = ppl.infer(both, ppl.NoiseSpace(fit), chains * draws)
 for name, posterior in found.items():
     print(name, posterior.cost)
     print(posterior.summary().loc[["hurst", "level", "rate", "swing", "tails"]])
@@ -64,7 +64,7 @@ for (name, posterior), color in zip(found.items(), ("C1", "C0", "C2"), strict=Tr
         posterior.flatten("hurst"), bins=50, range=(0, 1), density=True, histtype="step", color=color, label=name
     )
 axes["hurst"].axvline(moments.hurst, color="C3", lw=1, ls="--", label="structure function of the ranges")
-axes["hurst"].set(xlabel="Hurst index", yticks=[])
+axes["hurst"].set(xlabel="Hurst index", ylabel="posterior density", yticks=[])
 axes["hurst"].legend(fontsize=8)
 lags = [name for name in checks if name.startswith("acf")]
 middle = [checks[n].median for n in lags]
@@ -72,8 +72,8 @@ ends = [[checks[n].median - checks[n].low for n in lags], [checks[n].high - chec
 axes["acf"].errorbar(range(len(lags)), middle, ends, fmt="o", ms=3, color="C0", capsize=2, label="replicated, 90 %")
 axes["acf"].plot(range(len(lags)), [checks[n].observed for n in lags], "x", color="C3", label="observed")
 axes["acf"].set_xticks(range(len(lags)), [n[4:] for n in lags])
-axes["acf"].set(xlabel="lag, days", title="autocorrelation of squared returns")
-axes["acf"].title.set_fontsize(9)
+axes["acf"].set(xlabel="lag, days", ylabel="autocorrelation")
+axes["acf"].set_title("squared returns", fontsize=9)
 axes["acf"].legend(fontsize=7)
 figure.savefig("rough_volatility.png", dpi=150)
 print("wrote rough_volatility.png")

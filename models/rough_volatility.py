@@ -152,7 +152,8 @@ class RoughVolatility:
             pyro.sample("returns", law.to_event(1), obs=returns)
 
         arguments = [returns.double()] if proxy is None else [returns.double(), proxy.double()]
-        return Program(rough_volatility, *arguments)
+        # The graph takes milliseconds as it is; the compiler takes minutes over recurrences in H and transforms.
+        return Program(rough_volatility, *arguments, compile="never")
 
     def _returns(self, v: Tensor, tails: Tensor, drift: Tensor) -> dist.TorchDistribution:
         """Law of the returns given log volatility."""
