@@ -126,6 +126,8 @@ class NUTS:
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
         """Run the chains; see `ppl.infer`."""
+        from ppl.native import nutpie_takes
+
         flat = fixed_density(program, "NUTS", monitor)
         begin = StartingPoints(flat, self.init, self.radius, monitor, generator)
         seeds = torch.randint(2**31 - 1, (chains,), generator=generator, device=generator.device).tolist()
@@ -142,6 +144,9 @@ class NUTS:
             starts = {i: begin(1, _generator(program, seeds[i])) for i in waiting}
             each = GRADIENTS_PER_DRAW * (self.warmup + draws)
             native = flat.native(starts[waiting[0]], each * chains)  # a resumed run must take the path of the first
+            if native is not None and not nutpie_takes(native):
+                monitor.note("the density is not run in C: the nutpie installed here takes C functions in another form")
+                native = None
             kind = "native" if native is not None else flat.prepare(starts[waiting[0]], each * len(waiting))
             facts["density"] = kind
             if cores > 1 and kind not in ("native", "graph", "inductor"):

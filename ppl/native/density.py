@@ -19,7 +19,7 @@ from ppl.native.emit import emit
 from ppl.native.library import load
 from ppl.native.values import Unsupported
 
-__all__ = ["NativeDensity", "NativeState", "native_density", "nutpie_model"]
+__all__ = ["NativeDensity", "NativeState", "native_density", "nutpie_model", "nutpie_takes"]
 
 ALIGN = 64  # bytes; vector instructions like it
 
@@ -180,3 +180,12 @@ def nutpie_model(state: NativeState, start: np.ndarray) -> Any:
             return _lib.PySampler.from_pymc(settings, cores, self._make_model(init_mean), progress, store)
 
     return Model(dims={})
+
+
+def nutpie_takes(density: NativeDensity) -> bool:
+    """Whether the nutpie that is installed takes C functions in this form, which it does not promise."""
+    try:
+        nutpie_model(density.state(), np.zeros(density.dim))._make_model(None)
+    except (AttributeError, ImportError, TypeError):
+        return False
+    return True

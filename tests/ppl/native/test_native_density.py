@@ -225,6 +225,18 @@ def test_compiler_that_fails_is_quoted(monkeypatch):
         library.load("int wrong;")
 
 
+def test_nutpie_with_another_door_runs_on_the_graph(monkeypatch):
+    from nutpie import _lib
+
+    def other(*args):
+        raise TypeError("PyMcModel.__new__() missing 1 required positional argument")
+
+    monkeypatch.setattr(_lib, "PyMcModel", other)
+    posterior = ppl.infer(Program(poisson, Y), NUTS(warmup=100), draws=100, chains=2)
+    assert posterior.attrs["density"] == "graph"
+    assert any("nutpie" in note for note in posterior.attrs["notes"])
+
+
 def test_wrong_code_is_found_before_its_first_use(monkeypatch):
     """A mutant of one expression is refused by the comparison with the graph."""
     monkeypatch.setitem(POINTWISE, "exp", lambda a: f"exp({a} * 1.0001)")
