@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from models import commands
 
         return int(getattr(commands, options.command)(options) or 0)
-    except (PilotlightError, FileNotFoundError) as error:
+    except (PilotlightError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError) as error:
         print(f"pilotlight: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

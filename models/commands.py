@@ -34,10 +34,27 @@ def _problem(options: Namespace) -> Any:
     return problem
 
 
+def _writable(path: Path | None, folder: bool = False) -> None:
+    """Refuse a place that cannot take a result, before hours are spent on the result."""
+    import os
+
+    from ppl.errors import OptionError
+
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        wanted, found = ("a folder", "a file") if folder else ("a file", "a folder")
+        raise OptionError(f"{path} is {found}, and {wanted} is to be written there; give another path")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+        raise OptionError(f"{path} cannot be written: {there} is a file, or may not be changed; give another path")
+
+
 def demo(options: Namespace) -> int:
     """Five backends on one program, and a program with unknown noise, as a page."""
     from models.demo import Size, run_demo
 
+    _writable(options.output, folder=True)
     size: Size = "smoke" if options.smoke else "full" if options.full else "normal"
     finished = run_demo(options.output, size=size, seed=options.seed, progress=not options.quiet)
     return 0 if finished else 130
@@ -48,6 +65,7 @@ def infer(options: Namespace) -> int:
     import ppl
     from ppl.backend_text import backend_from_text
 
+    _writable(options.out)
     problem = _problem(options)
     backend = backend_from_text(_trained(options.backend), _modules(), options.option)
     for finding in problem.program.check():
@@ -78,6 +96,8 @@ def compare(options: Namespace) -> int:
     from ppl.backend_text import backend_from_text
     from ppl.errors import OptionError
 
+    _writable(options.html)
+    _writable(options.save, folder=True)
     backends = {}
     for text in options.backends:
         name, backend = _named(text)
@@ -130,11 +150,14 @@ def _trainer(path: Path) -> str:
 def train(options: Namespace) -> int:
     """Train one of the priors again, or an amortised posterior of a program."""
     from ppl.errors import OptionError
+    from ppl.option_checks import check_place
 
     if (options.prior is None) == (options.program is None):
         raise OptionError("train takes the name of a prior, or --program module:function, and not both")
     if options.steps is not None and options.steps < 1:
         raise OptionError(f"steps must be one or more, got {options.steps}")
+    check_place(options.device)
+    _writable(options.out, folder=options.program is None)
     if options.program is not None:
         return _train_program(options)
     if options.set or options.option or options.start or options.backend:

@@ -6,9 +6,11 @@ import math
 import operator
 from typing import Any
 
+import torch
+
 from ppl.errors import OptionError
 
-__all__ = ["check_integers", "check_positive", "whole_number"]
+__all__ = ["check_integers", "check_place", "check_positive", "whole_number"]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -72,3 +74,26 @@ def check_positive(options: object, *names: str) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} must be positive and finite, got {value!r}")
+
+
+def check_place(device: Any = None, dtype: Any = None) -> None:
+    """Raise unless this machine has the device, and dtype is a floating type; torch's own errors come late.
+
+    Raises:
+        OptionError: one is not so.
+
+    Example:
+        >>> check_place("cpu", torch.float64)
+        >>> check_place("gpu")
+        Traceback (most recent call last):
+        ppl.errors.OptionError: there is no device 'gpu' here; give "cpu", or "cuda" on a machine that has it
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype must be a floating type, such as torch.float64, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError):
+        cure = "; write dtype=" if isinstance(device, torch.dtype) else ""
+        raise OptionError(
+            f'there is no device {device!r} here; give "cpu", or "cuda" on a machine that has it{cure}'
+        ) from None

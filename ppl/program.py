@@ -24,6 +24,7 @@ from ppl.errors import DataError, OptionError, ProgramError, ShapeError
 from ppl.graph import Batching, Compile, LaneFunction
 from ppl.lane_densities import LaneDensities, Values
 from ppl.numbers import as_tensor
+from ppl.option_checks import check_place
 from ppl.reading import ModelCall
 from ppl.simulate import predict, simulate
 from ppl.sites import (
@@ -273,15 +274,7 @@ class Program(LaneDensities):
         """The same program on another device or in another floating type; priors that can move are moved."""
         if self.problems is not None:
             raise ProgramError("move the program first, then call over(...)")
-        try:  # the door to devices: torch's own errors come late and do not say what to give
-            torch.empty(0, device=device, dtype=dtype)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise OptionError(
-                f"cannot move to device={device!r}, dtype={dtype!r}: {str(error).splitlines()[0]}; give a device that "
-                'this machine has, such as "cpu" or "cuda", and a floating type, such as dtype=torch.float64'
-            ) from None
-        if dtype is not None and not dtype.is_floating_point:
-            raise OptionError(f"dtype must be a floating type, such as torch.float64, got {dtype}")
+        check_place(device, dtype)
 
         def move(x: Any) -> Any:
             if isinstance(x, Tensor):

@@ -61,6 +61,18 @@ class ModelCall:
             except RuntimeError as error:
                 self._explain(error)
                 raise
+            except ZeroDivisionError as error:
+                if "size cannot be zero" not in str(error):  # Pyro's words for a plate
+                    raise
+                empty = [
+                    f"{n.removeprefix('arg.')!r} has shape {tuple(v.shape)}"
+                    for n, v in self.arguments.tensors().items()
+                    if not v.numel()
+                ]
+                raise ProgramError(
+                    f"a plate of the model is empty{': ' if empty else ''}{', '.join(empty)}; give at least one datum, "
+                    "or leave the plate out where there is none"
+                ) from error
         raise ProgramError(f"the model failed when it was run once: {_told(failure)}{self._wild()}") from failure
 
     def _explain(self, error: RuntimeError) -> None:

@@ -133,8 +133,8 @@ def test_options_of_a_run_that_are_no_options(tmp_path: Path) -> None:
     ("place", "words"),
     [
         ({"device": "gpu"}, ("'gpu'", "cpu")),
-        ({"device": torch.float64}, ("device=torch.float64", "dtype=torch.float64")),
-        ({"dtype": "float64"}, ("'float64'", "dtype=torch.float64")),
+        ({"device": torch.float64}, ("no device torch.float64", "write dtype=")),
+        ({"dtype": "float64"}, ("'float64'", "such as torch.float64")),
         ({"dtype": torch.int64}, ("floating type", "int64")),
     ],
     ids=str,
@@ -155,6 +155,17 @@ def test_two_sites_of_one_name() -> None:
         ppl.Program(model, torch.tensor(1.0))
     says(error, "two sites", "'mu'", 'pyro.sample(f"x_{i}"')
     assert "Trace Shapes" not in str(error.value)
+
+
+def test_a_plate_of_no_data() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.raises(ProgramError) as error:
+        ppl.Program(model, torch.zeros(0))
+    says(error, "a plate of the model is empty", "'y' has shape (0,)", "at least one")
 
 
 def regression(x: Tensor, y: Tensor) -> None:

@@ -143,6 +143,9 @@ def test_compare_writes_page_and_posteriors(here, capsys):
         (["train", "--program", "my_programs:program", "--option", "widht=8"], "did you mean width"),
         (["train", "--program", "my_programs:program", "--start", "none.safetensors"], "no file none.safetensors"),
         (["infer", "my_programs:program", "--backend", "none.safetensors"], "no file none.safetensors"),
+        (["infer", "my_programs:program", "--backend", "ppl.SVI", "--device", "gpu"], "no device 'gpu' here"),
+        (["infer", "my_programs:program", "--backend", "ppl.SVI", "--draws", "0"], "draws must be an integer"),
+        (["train", "digits", "--device", "gpu"], "no device 'gpu' here"),
     ],
 )
 def test_errors_are_one_line_and_code_two(arguments, says, here, capsys):
@@ -151,6 +154,28 @@ def test_errors_are_one_line_and_code_two(arguments, says, here, capsys):
     assert says in error
     assert "\n" not in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["infer", "my_programs:loud", "--backend", "ppl.SVI", "--out", "."], ". is a folder, and a file is to be"),
+        (["infer", "my_programs:loud", "--backend", "ppl.SVI", "--out", "my_programs.py/a.nc"], "cannot be written"),
+        (["compare", "my_programs:loud", "--backends", "ppl.SVI", "--html", "."], "is a folder"),
+        (
+            ["compare", "my_programs:loud", "--backends", "ppl.SVI", "--save", "my_programs.py"],
+            "is a file, and a folder",
+        ),
+        (["train", "--program", "my_programs:loud", "--out", "."], "is a folder"),
+        (["demo", "--smoke", "--output", "my_programs.py"], "is a file, and a folder"),
+    ],
+)
+def test_places_are_looked_at_before_anything_runs(arguments, says, here, capsys, monkeypatch):
+    monkeypatch.setattr("models.commands._problem", lambda options: pytest.fail("the program was made first"))
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert "\n" not in error
 
 
 def test_ctrl_c_before_a_result(monkeypatch, capsys):
