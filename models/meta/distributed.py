@@ -7,16 +7,16 @@ many workers there are, but for rounding. `NIWMeta` shares its episodes wherever
 
     # train.py
     import os
-    from datetime import timedelta
     import torch
     from models.meta import NIWMeta
+    from models.meta.distributed import join
     from ppl.monitor import Monitor
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=2))
+    join("nccl" if cuda else "gloo")
     hierarchy, source = ...  # the same on all workers, on their device
     generator = torch.Generator(device).manual_seed(0)
     monitor = Monitor(checkpoint="train.checkpoint", generator=generator)
@@ -29,12 +29,14 @@ many workers there are, but for rounding. `NIWMeta` shares its episodes wherever
 
 Worker 0 alone reads and writes checkpoints. When a worker dies torchrun ends the others and starts all of them again;
 they go on from the checkpoint, with as many workers or another number. A worker that hangs counts as dead after the
-timeout, which is half an hour with gloo if none is given; it must be longer than a step.
+timeout of `join`, which must be longer than a step.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -43,9 +45,29 @@ from torch import Tensor
 from models.meta.episodes import Points
 from ppl.errors import OptionError
 
-__all__ = ["SharedGenerator", "Workers", "episode_noise"]
+__all__ = ["SharedGenerator", "Workers", "episode_noise", "join"]
 
 T = TypeVar("T")
+
+
+def join(backend: str = "gloo", timeout: timedelta = timedelta(minutes=2)) -> None:
+    """Initialise the default group of torch.distributed by torchrun's variables, also after a death.
+
+    torchrun keeps one store for all its rounds, so that whoever comes first in a second round would find there the
+    addresses of the dead, and wait for them until the timeout. Here each round has names of its own, by the number of
+    restarts. Where torchrun runs on several machines and one may be replaced, these numbers differ: set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and every round has a store of its own.
+
+    Args:
+        backend: "gloo", or "nccl" for GPUs.
+        timeout: after which a worker that does not answer counts as dead; longer than a step.
+
+    Source: pytorch#135712, and `torch.distributed.elastic.rendezvous` of torch 2.13 [read].
+    """
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = torch.distributed.PrefixStore(f"round {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 class SharedGenerator(torch.Generator):
