@@ -53,7 +53,7 @@ class Hierarchical:
     """
 
     upper: tuple[str, ...] | str = ()
-    ascent: int = 2
+    ascent: int = 3
     init_scale: float = 0.1
     places: tuple[int, ...] = field(default=(), repr=False, kw_only=True)  # of b in a vector
 
