@@ -20,6 +20,7 @@ from models.meta import (
     GaussNewton,
     Hierarchy,
     LinearRegressions,
+    Network,
     NIWMeta,
     NormalInverseGamma,
     few_shot_digits,
@@ -134,3 +135,15 @@ def test_wrong_returns_are_named() -> None:
     one = replace(episodes, x_query=episodes.query.x[:, :1], y_query=episodes.query.y[:, :1])
     with pytest.raises(OptionError, match="two queries"):
         check_learner(Shifted(lambda e: 0.0), one)
+
+
+def test_embeddings_of_images_with_axes() -> None:
+    """A module that flattens an image sees one image at a time: prototypes and ridge heads of vectors and of images."""
+    vectors = IMAGES(6, torch.Generator().manual_seed(2))
+    x, query = vectors.support.x, vectors.query.x
+    images = replace(vectors, x_support=x.unflatten(2, (1, 8, 8)), x_query=query.unflatten(2, (1, 8, 8)))
+    plain = mlp([64, 8])
+    deep = Network(torch.nn.Sequential(torch.nn.Flatten(), plain.module))
+    for learner in (Prototypical(**FEW), RidgeHead(**FEW)):
+        one, two = (learner.fit(n, e).predict(e).mean for n, e in ((plain, vectors), (deep, images)))
+        assert torch.allclose(one, two, atol=1e-5)

@@ -22,12 +22,14 @@ from models.meta import (
     GaussNewton,
     Hierarchy,
     Likelihood,
+    LinearRegressions,
     LocalNormal,
     NormalInverseGamma,
     NormalInverseWishart,
     Points,
     Variational,
     adapt,
+    cooled,
     mlp,
 )
 from models.meta.local import Quadratic, close
@@ -96,6 +98,39 @@ def test_gauss_newton_ends_at_the_mode(likelihood: Likelihood, sizes: list[int],
         return float(found.abs().max())
 
     assert slope(local.mean) < 1e-4 * slope(law.mean.expand(3, -1))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Categorical()], ids=repr)
+def test_fisher_steps_end_at_the_mode(likelihood: Likelihood, full: bool) -> None:
+    """A linear network, whose mode many Gauss-Newton steps find exactly, and a prior of unequal widths."""
+    classes = isinstance(likelihood, Categorical)
+    base, data = fitted(likelihood, [2, 3] if classes else [2, 1], full), points(2, 3 if classes else None)
+    d = base.law.dim
+    widths = torch.logspace(-2, 1, d, **F)
+    law = base.law.replaced(base.law.mean, base.law.count, base.law.df, 12 * (widths.diag() if full else widths))
+    exact = close(GaussNewton(steps=30)(base.hierarchy, law, data, None, seeded()), law.mean, law.precision())
+    for steps, tolerance in ((0, None), (100, 1e-4)):
+        form = Fisher(steps=steps, probes=1)(base.hierarchy, law, data, None, seeded())
+        off = float((close(form, law.mean, law.precision()).mean - exact.mean).abs().max())
+        assert off > 0.1 if tolerance is None else off < tolerance
+
+
+def test_fisher_steps_never_end_above_the_start() -> None:
+    """A network that is far from its data, and steps that overshoot on the way."""
+    base, data = fitted(Gaussian(0.01), [1, 8, 1]), points()
+    law = base.law
+
+    def height(theta: torch.Tensor) -> torch.Tensor:
+        return base.hierarchy.losses(theta, data) + 0.5 * (law.precision() * (theta - law.mean).square()).sum(-1)
+
+    heights = [height(law.mean.expand(3, -1))]
+    for steps in (1, 2, 4, 8, 16):
+        form = Fisher(steps, probes=1)(base.hierarchy, law, data, None, seeded())
+        heights.append(height(close(form, law.mean, law.precision()).mean))
+    for later, before in zip(heights[1:], heights, strict=False):
+        assert bool((later <= before + 1e-6 * before.abs()).all())
+    assert bool((heights[-1] < 0.5 * heights[0]).all())
 
 
 def test_probes_estimate_the_diagonal() -> None:
@@ -247,3 +282,39 @@ def test_bad_options_of_adaptation() -> None:
         adapt(fitted(Gaussian(0.5), [1, 1]), points()).predict(points().x, 0)
     with pytest.raises(DataError, match="empty support"):
         Episodes(torch.ones(1, 0, 1), torch.ones(1, 0))
+
+
+# Temperature ----------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_scales_the_spread_of_draws() -> None:
+    """A linear network with Gaussian noise: variance sigma^2 + T x' V x, and the one network at m_i for T = 0."""
+    base, data = fitted(Gaussian(0.3), [1, 1]), points()
+    adapted, x = adapt(base, data), data.x[:, :2]
+    row, all_rows = (torch.cat([v, torch.ones_like(v)], -1) for v in (x, data.x))
+    covariance = torch.linalg.inv(torch.diag(base.law.precision()) + all_rows.mT @ all_rows / 0.09)
+    spread = torch.einsum("bpi,bij,bpj->bp", row, covariance, row)
+    for temperature in (0.25, 1.0, 4.0):
+        found = adapted.predict(x, 20_000, temperature=temperature)
+        between = found.variance - 0.09
+        assert torch.allclose(between, temperature * spread, rtol=6 * math.sqrt(2 / 20_000))
+    cold = adapted.predict(x, temperature=0.0)
+    assert cold.law.batch_shape[0] == 1
+    assert torch.allclose(cold.mean, base.hierarchy.network(adapted.local.mean, x)[..., 0])
+    with pytest.raises(OptionError, match="temperature"):
+        adapted.predict(x, temperature=-1.0)
+
+
+def test_cooling_finds_the_temperature_of_the_data() -> None:
+    """Lines drawn from the prior itself ask for T = 1; with a prior 100 times too wide, less."""
+    lines = LinearRegressions(torch.zeros(2, **F), torch.full((2,), 0.5, **F), 0.3, 1, 20)(400, seeded())
+    network = mlp([1, 1])
+    network.module.double()
+
+    def best(variance: float) -> float:
+        law = NormalInverseGamma.around(torch.zeros(2, **F), 1e9, 1e9, variance)
+        fit = FittedMeta(Hierarchy(network, Gaussian(0.3), law), law, None, GaussNewton(1), "draw", 1e9, torch.zeros(0))
+        return cooled(fit, lines, temperatures=(0.0, 0.03, 1.0, 30.0), draws=200)
+
+    assert best(0.25) == 1.0
+    assert best(25.0) < 1.0
