@@ -11,7 +11,8 @@ same batches. Printed: squared error against noisy targets, mean log-likelihood 
 the distribution function at the targets from uniform), with 95 % intervals over the tasks, and seconds per episode of
 training and of adaptation with prediction. NIW-Meta and ABML are told the noise; CNP and the ridge head learn theirs;
 MAML and Reptile, which have no predictive law, get the constant noise that fits 256 further training episodes best;
-"widened" adds such a constant to the laws of NIW-Meta and ABML.
+"widened" adds such a constant to the laws of ABML, "cooled" chooses the temperature of NIW-Meta, both by the likelihood
+of those episodes.
 
 Classes, 5-way, 1 and 5 shots, 600 episodes of 5 queries a class: digits and Fashion-MNIST, trained on classes 0-4 and
 tested on held-out images of 5-9, and Omniglot characters, trained on six alphabets and tested on Balinese and Tagalog;
@@ -180,8 +181,14 @@ def regression_learners(part: str, budget: Budget) -> dict[str, Callable[[Episod
 
     def meta(source: EpisodeSource) -> dict[str, Predict]:
         options = NIWMeta(GaussNewton(1, through=True), expectation="quadratic", lr=5e-3, average=0.1, **common)
-        found = niw(options.fit(hierarchy, source, **seed), budget)
-        return found | {"NIW-Meta, widened": widened(found["NIW-Meta"], source)}
+        fitted = options.fit(hierarchy, source, **seed)
+        cold = cooled(fitted, source(256, seeded(77)), draws=budget.draws, linearised=True)
+        print(f"<!-- temperature {cold:g} -->", flush=True)
+
+        def colder(episodes: Episodes) -> Predictive:
+            return fitted.predict(episodes, draws=budget.draws, linearised=True, temperature=cold)
+
+        return niw(fitted, budget) | {"NIW-Meta, cooled": colder}
 
     def detached(source: EpisodeSource) -> dict[str, Predict]:
         options = NIWMeta(GaussNewton(2), expectation="quadratic", lr=5e-3, **common)

@@ -27,7 +27,7 @@ from ppl.vi.ascent import adam
 
 __all__ = ["TEMPERATURES", "Adaptation", "Adapted", "ClosedForm", "Variational", "adapt", "cooled"]
 
-TEMPERATURES = (0.0, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+TEMPERATURES = (0.0, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 class Adaptation(Protocol):
