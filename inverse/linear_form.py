@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from inverse import operators
 from inverse.gaussian_likelihood import GaussianLikelihood, stacked
 from inverse.operators import (
     Compose,
@@ -24,6 +25,7 @@ from inverse.operators import (
     LinearOperator,
     Mask,
     Zero,
+    adjoint_error,
     beside,
     record_calls,
 )
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["NotGaussian", "mean_and_noise", "read_gaussian"]
 
 PROBE_RTOL = {torch.float64: 1e-7, torch.float32: 2e-3}
+ADJOINT_RTOL = 1e-3  # rounding of single precision leaves 1e-6, a wrong adjoint about 1 / sqrt(size) or more
 
 
 class NotGaussian(Exception):
@@ -203,6 +206,7 @@ def _operator(name: str, reading: _Reading) -> LinearOperator:
     for record in reversed(calls):  # its output may be the mean, or the mean less a constant
         candidate = _called(x, record.output, calls) if record.output.shape == mean.shape else None
         if candidate is not None and agrees(candidate):
+            _check_adjoint(candidate, x, calls, name)
             return candidate
     for simple in (Identity(tuple(x.shape)), Zero(tuple(x.shape), tuple(mean.shape))):
         if agrees(simple):
@@ -224,6 +228,21 @@ def _operator(name: str, reading: _Reading) -> LinearOperator:
             ) from error
         return Dense(matrix.detach(), in_shape=tuple(x.shape), out_shape=tuple(mean.shape))
     return FunctionOperator(mean_fn, tuple(x.shape), linear=True, dtype=x.dtype)
+
+
+def _check_adjoint(candidate: LinearOperator, x: Tensor, calls: list[CallRecord], name: str) -> None:
+    """Refuse a wrong adjoint in an operator of the user's own, which every guide would quietly follow."""
+    kinds = [type(part) for r in calls for part in r.operator.modules() if isinstance(part, LinearOperator)]
+    own = {kind.__name__ for kind in kinds if getattr(operators, kind.__name__, None) is not kind}
+    if not own:
+        return
+    error = adjoint_error(candidate, torch.Generator(x.device).manual_seed(0), dtype=x.dtype)
+    if error > ADJOINT_RTOL:
+        raise DataError(
+            f"the adjoint of the operator behind {name!r} is not its transpose: <A x, y> and <x, A^T y> differ by "
+            f"{error:.1e} of their size; correct the adjoint of {' or '.join(sorted(own))} "
+            "(inverse.operators.adjoint_error measures it)"
+        )
 
 
 def _called(x: Tensor, mean: Tensor, calls: list[CallRecord]) -> LinearOperator | None:

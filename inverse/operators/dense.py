@@ -10,6 +10,7 @@ from torch import Tensor
 from inverse.operators.base import LinearOperator
 from inverse.operators.events import flatten_event, numel
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
+from ppl.numbers import as_tensor
 
 __all__ = ["Dense", "FunctionOperator", "probe_affine", "probe_linear"]
 
@@ -35,6 +36,7 @@ class Dense(LinearOperator):
     def __init__(
         self, matrix: Tensor, in_shape: tuple[int, ...] | None = None, out_shape: tuple[int, ...] | None = None
     ) -> None:
+        matrix = as_tensor(matrix)
         if matrix.ndim != 2:
             raise ShapeError(f"matrix must have shape (dy, d), got {tuple(matrix.shape)}; a row vector is matrix[None]")
         dy, d = matrix.shape

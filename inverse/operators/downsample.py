@@ -11,7 +11,8 @@ from torch import Tensor
 from inverse.operators.base import LinearOperator
 from inverse.operators.decomposition import SVD
 from inverse.operators.events import flatten_event, numel
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import ShapeError
+from ppl.option_checks import whole_number
 
 __all__ = ["Downsample"]
 
@@ -31,8 +32,7 @@ class Downsample(LinearOperator):
     structure = frozenset({"fast_svd"})
 
     def __init__(self, factor: int, in_shape: tuple[int, ...]) -> None:
-        if factor < 1:
-            raise OptionError(f"factor must be one or more, got {factor}")
+        factor = whole_number("factor", factor, 1)
         if len(in_shape) < 2 or in_shape[-1] % factor or in_shape[-2] % factor:
             raise ShapeError(
                 f"in_shape must end in (height, width) divisible by {factor}, got {tuple(in_shape)}; crop or pad x"

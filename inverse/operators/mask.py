@@ -11,6 +11,7 @@ from torch import Tensor
 from inverse.operators.base import LinearOperator
 from inverse.operators.events import flatten_event, scatter, scatter_index
 from ppl.errors import DataError, ShapeError
+from ppl.numbers import as_tensor
 
 __all__ = ["Diagonal", "Identity", "Mask"]
 
@@ -97,6 +98,7 @@ class Mask(LinearOperator):
     places: Tensor
 
     def __init__(self, mask: Tensor, in_shape: tuple[int, ...] | None = None) -> None:
+        mask = as_tensor(mask)
         if mask.dtype != torch.bool:
             raise DataError(
                 f"mask must be boolean, True where observed, got {mask.dtype}; write mask.bool() or mask > 0"

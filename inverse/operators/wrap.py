@@ -33,12 +33,15 @@ def adjoint_error(A: LinearOperator, generator: torch.Generator, *, dtype: torch
 
     Raises:
         CapabilityError: A is not linear.
+        OptionError: A is no operator.
 
     Example:
         >>> from inverse.operators import GaussianBlur
         >>> adjoint_error(GaussianBlur(1.0, (6, 6)), torch.Generator().manual_seed(0)) < 1e-12
         True
     """
+    if not isinstance(A, LinearOperator):
+        raise OptionError(f"adjoint_error takes an operator, got {A!r}; make one: inverse.operators.wrap(A, in_shape)")
     if not A.linear:
         raise CapabilityError(f"{type(A).__name__} is not linear, so it has no adjoint")
     x = torch.randn((8, *A.in_shape), generator=generator, device=generator.device, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -283,3 +284,14 @@ def test_learned_scale_has_gradients_through_the_solve() -> None:
 
 def test_errors_share_the_base() -> None:
     assert issubclass(ops.ConvergenceError, PilotlightError)
+
+
+def test_arrays_make_operators_and_factors_are_whole() -> None:
+    mask = numpy.array([[True, False], [False, True]])
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert ops.Mask(mask)(x).tolist() == [1.0, 4.0]
+    assert ops.Mask(mask.tolist())(x).tolist() == [1.0, 4.0]
+    assert ops.Dense(numpy.array([[1.0, 1.0]]))(x).tolist() == [[3.0], [7.0]]
+    for factor in (1.5, 0, "2"):
+        with pytest.raises(OptionError, match="factor must be an integer of at least 1"):
+            ops.Downsample(factor, (6, 6))  # type: ignore[arg-type]

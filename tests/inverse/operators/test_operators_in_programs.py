@@ -11,7 +11,7 @@ from torch import Tensor
 import ppl
 from inverse import operators as ops
 from inverse.likelihood import read_likelihood
-from ppl.errors import CapabilityError
+from ppl.errors import CapabilityError, DataError
 from sde import GaussianMixture
 
 F64 = torch.float64
@@ -81,3 +81,31 @@ def test_linear_operators_are_recognised(name: str) -> None:
     assert likelihood.gaussian.measured is A
     x = torch.randn(3, *A.in_shape, generator=torch.Generator().manual_seed(2), dtype=F64)
     torch.testing.assert_close(likelihood.log_prob(x), program.log_likelihood({"x": x}))
+
+
+class Turned(ops.LinearOperator):
+    """A user's operator: numbers in reverse order, weighted; `right` says whether its adjoint is."""
+
+    def __init__(self, right: bool) -> None:
+        super().__init__((3,), (3,))
+        self.right = right
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1) * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        weights = torch.tensor([1.0, 2.0, 3.0], dtype=y.dtype)
+        return (weights * y).flip(-1) if self.right else weights * y
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_wrong_adjoint_of_the_user_is_refused(composed: bool) -> None:
+    """It would be followed by every guide; a right one is taken as it is."""
+
+    def made(right: bool) -> ops.LinearOperator:
+        return Turned(right) @ ops.Identity((3,)) if composed else Turned(right)
+
+    y = torch.ones(3, dtype=F64)
+    with pytest.raises(DataError, match=r"adjoint of the operator behind 'y' is not its transpose.*correct.*Turned"):
+        _ = read_likelihood(program_of(made(False), y)).gaussian
+    assert read_likelihood(program_of(made(True), y)).is_gaussian

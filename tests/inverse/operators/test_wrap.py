@@ -102,6 +102,8 @@ def test_the_check_can_be_called() -> None:
     assert ops.adjoint_error(zero, generator()) == 0
     with pytest.raises(CapabilityError, match="not linear"):
         ops.adjoint_error(ops.Clip((3,)), generator())
+    with pytest.raises(OptionError, match=r"takes an operator.*wrap\(A, in_shape\)"):
+        ops.adjoint_error(lambda x: x, generator())  # type: ignore[arg-type]
 
 
 def test_nonlinear_physics_is_found_out() -> None:
