@@ -98,15 +98,19 @@ class MarkovNoise:
             error = self.relative_error()
         if bool((error > self.max_error).any()):
             worst = float(value.reshape(-1)[error.reshape(-1).argmax()])
-            rates = best_grid(worst, self.kind, self.factors, self._has_zero)
-            best = MarkovWeights(tuple(rates.tolist()), self.kind, self.ridge)
             order = torch.tensor(worst + 0.5, dtype=torch.float64)
+            for factors in range(self.factors, self.factors + 9):  # the fewest with which a grid is good enough
+                rates = best_grid(worst, self.kind, factors, self._has_zero)
+                best = MarkovWeights(tuple(rates.tolist()), self.kind, self.ridge)
+                left = float(best.relative_error(order, best.weights(order)))
+                if left <= self.max_error:
+                    break
+            more = "" if factors == self.factors else f"factors={factors} with "
             raise ValueError(
                 f"these {self.factors} factors miss fractional Brownian motion of type {self.kind}, H = {worst:.3g}, "
                 f"over horizon {self.horizon:g}: predicted relative error {float(error.max()):.2f}, at most "
-                f"{self.max_error} is allowed. grid=({float(rates[rates > 0][0]):.3g}, {float(rates[-1]):.3g}), in "
-                f"rate times horizon, leaves {float(best.relative_error(order, best.weights(order))):.2f}; more "
-                "factors leave less; max_error allows more"
+                f"{self.max_error} is allowed. {more}grid=({float(rates[rates > 0][0]):.3g}, {float(rates[-1]):.3g}), "
+                f"in rate times horizon, leaves {left:.2f}; more factors leave less; max_error allows more"
             )
 
     def check(self, start: float, end: float, noises: int, device: torch.device) -> None:

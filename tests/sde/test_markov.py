@@ -6,6 +6,7 @@ Reference values were computed once with 70 digits; those for type II and ten fa
 from __future__ import annotations
 
 import math
+import re
 from typing import get_args
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_what_it_says_of_itself() -> None:
 def test_hurst_outside(hurst: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\)"):
         MarkovNoise(hurst, 1.0)
+
+
+def test_where_no_grid_of_so_few_factors_will_do() -> None:
+    """The error names the fewest factors that will, and its cure works."""
+    with pytest.raises(ValueError, match="these 1 factors miss") as error:
+        MarkovNoise(0.1, 100.0, factors=1)
+    found = re.search(r"factors=(\d+) with grid=\((.*), (.*)\), in rate", str(error.value))
+    assert found is not None
+    factors, low, high = int(found[1]), float(found[2]), float(found[3])
+    assert factors == 2
+    assert float(MarkovNoise(0.1, 100.0, factors=factors, grid=(low, high)).relative_error()) < 0.5
 
 
 def test_grid_that_cannot_represent_the_horizon() -> None:
