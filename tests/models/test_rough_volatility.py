@@ -105,22 +105,22 @@ def chains(warmup: int, steps: int, **options: Any) -> ppl.NoiseSpace:
 
 
 def test_paths_start_from_their_conditional_mode() -> None:
-    """60 days at parameters as far apart as the fit is wide: three steps leave a quarter of the line's miss, or less.
+    """60 days at parameters as far apart as the fit is wide: two steps leave a tenth of the line's miss, or less.
 
     The gradient in the path's coordinates at zero is that miss, in units of the conditional sd.
     """
     record = RoughVolatility().simulate(60, generator(4), hurst=0.3)
     program = RoughVolatility(error=0.2, tails=10.0, drift=0.0).program(record.returns, record.proxy).noise_space()
-    fitted = ppl.SVI(guide=ppl.Hierarchical(), steps=1000, lr=0.05).fit(program, seed=0)
+    fitted = ppl.SVI(guide=ppl.Hierarchical(), steps=300, lr=0.05).fit(program, seed=0)
     places = list(fitted.guide.places)  # type: ignore[attr-defined]
     e = torch.randn(8, 66, dtype=DOUBLE, generator=generator(5))
     e[:, places] = 0.0
     miss = []
-    for ascent in (0, 3):
+    for ascent in (0, 2):
         guide = replace(fitted.guide, ascent=ascent)  # type: ignore[type-var]
         flat = _Moved(program, replace(fitted, guide=guide)).flat()
         miss.append(float(flat.log_density_and_grad(e)[1][:, places].square().mean().sqrt()))
-    assert miss[1] < miss[0] / 4, miss
+    assert miss[1] < miss[0] / 10, miss
 
 
 @pytest.mark.slow
