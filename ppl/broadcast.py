@@ -8,7 +8,7 @@ torch has no vector code for them, and has for numbers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -43,7 +43,7 @@ def shrink(module: fx.GraphModule) -> None:
 
 
 def _shrink(module: fx.GraphModule, node: fx.Node) -> None:
-    value = node.meta.get("val")
+    value, target = node.meta.get("val"), cast(Any, node.target)
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     before = [_source(a) for a in operands]
     if not isinstance(value, Tensor) or all(a is b for a, b in zip(operands, before, strict=True)):
@@ -61,7 +61,7 @@ def _shrink(module: fx.GraphModule, node: fx.Node) -> None:
     if not all(user.target in POINTWISE for user in node.users):
         return  # a view of the result may need it to be written out
     with module.graph.inserting_before(node):
-        small = module.graph.call_function(node.target, args, dict(node.kwargs))
+        small = module.graph.call_function(target, args, dict(node.kwargs))
         small.meta = {**node.meta, "val": value.new_empty(shape)}
         wide = module.graph.call_function(aten.expand.default, (small, list(value.shape)))
     wide.meta = dict(node.meta)
@@ -73,5 +73,5 @@ def _source(node: fx.Node) -> Any:
     if node.target is not aten.expand.default or node.kwargs:
         return node
     inner: Any = node.args[0]
-    small, wide = inner.meta.get("val"), node.meta.get("val")
+    small, wide = inner.meta.get("val"), node.meta["val"]
     return inner if isinstance(small, Tensor) and small.numel() < wide.numel() else node
