@@ -23,11 +23,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inverse.likelihood import Likelihood
-from inverse.paths.linear_control import LinearControl, linearised_control, single_times
-from inverse.paths.path_checks import coarse_steps, refuse_unmoved
+from inverse.paths.linear_control import LinearControl, linearised_control
+from inverse.paths.path_checks import coarse_steps, linear_data, refuse_unmoved
 from inverse.paths.steered import FIRST, Laws, Now, Steered, part
-from ppl.errors import CapabilityError, OptionError, ShapeError
+from ppl.errors import OptionError, ShapeError
 from ppl.program import Program
 from ppl.sites import Layout
 from ppl.vi.guides import FullRank
@@ -114,7 +113,7 @@ class ControlGuide(Steered):
                 f"`around` controls {tuple(self.around.offset.shape)} steps and noises, but the path has "
                 f"{(path.steps, path.noises)}; make it for this path"
             )
-        data = None if program is None else _data_of(program, name, path, self.around == "linear")
+        data = None if program is None else linear_data(program, name, path, self.around == "linear")
         refuse_unmoved(path, None if data is None else data[0])
         remark = None if data is None else coarse_steps(path, *data)
         return replace(
@@ -194,23 +193,3 @@ class ControlGuide(Steered):
         if found.ndim not in (1, 2) or (found.ndim == 2 and len(found) != self._path.steps):
             raise ShapeError(f"a context gives (size,) or ({self._path.steps}, size), got {tuple(found.shape)}")
         return found.expand(self._path.steps, -1)
-
-
-def _data_of(program: Program, site: str, path: Path, needed: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Rows (obs, n, d), data and variances of linear Gaussian data of single times, at first values of other latents.
-
-    Raises:
-        CapabilityError: the data are not such, and are needed.
-    """
-    given = {n: v for n, v in program.first_values.items() if n != site}
-    likelihood = Likelihood(program, (site,), given)
-    if not likelihood.is_gaussian and not needed:
-        return None
-    gaussian = likelihood.gaussian  # whitened
-    rows = gaussian.operator.dense(dtype=torch.float64).reshape(-1, *path.event_shape)
-    data = gaussian.data.reshape(-1).double()
-    if single_times(rows):
-        return rows, data, torch.ones_like(data)
-    if needed:
-        raise CapabilityError('around="linear" takes data that each see one time of the path; give around=None')
-    return None

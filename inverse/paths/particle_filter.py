@@ -21,10 +21,13 @@ from torch import Tensor
 
 from inverse.particles.backend import ParticleBackend
 from inverse.paths.controls import Chain, Control, Law, bind_control, check_control
-from inverse.paths.problem import PathProblem
+from inverse.paths.path_checks import note_coarse_steps
+from inverse.paths.problem import PathProblem, path_site
 from ppl.backend import register
 from ppl.cost import Cost
 from ppl.errors import NotFiniteError
+from ppl.monitor import Monitor
+from ppl.posterior import Posterior
 from ppl.program import Program
 
 __all__ = ["GuidedParticleFilter", "PathKernel", "PathParticles"]
@@ -73,6 +76,13 @@ class GuidedParticleFilter(ParticleBackend):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_control(self.control)
+
+    def run(
+        self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
+    ) -> Posterior:
+        """Run the filter; see `ppl.infer`."""
+        note_coarse_steps(program, path_site(program), monitor)
+        return super().run(program, draws=draws, chains=chains, generator=generator, monitor=monitor)
 
     def problem(self, program: Program) -> PathProblem:
         """The path and its data."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from inverse.paths.conditional import Retained, conditional_sweep
 from inverse.paths.controls import Control, Uncontrolled, bind_control, has_exact_control
 from inverse.paths.particle_filter import PathKernel
+from inverse.paths.path_checks import note_coarse_steps
 from inverse.paths.problem import PathProblem, path_site
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
@@ -164,6 +165,7 @@ class ParticleGibbs(_Sweeps):
     ) -> Posterior:
         """Sweeps over path and parameters; see `ppl.infer`."""
         site = path_site(program)
+        note_coarse_steps(program, site, monitor)
         lifted = program.noise_space(site)
         flat = fixed_density(lifted, "ParticleGibbs", monitor)
         leaf, paths = flat.layout.leaves[site], _Paths(self, program, site, monitor.cost)

@@ -1,4 +1,4 @@
-r"""What looks wrong in a path and its data before a control is fitted: noise that cannot move it, steps too coarse.
+r"""What looks wrong in a path and its data before an engine runs on it: noise that cannot move it, steps too coarse.
 
     bias of the log evidence  ~  2 (log p(y) at the steps - log p(y) at half of them)
 
@@ -11,13 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inverse.paths.linear_control import linearised_control, mean_states
+from inverse.likelihood import Likelihood
+from inverse.paths.linear_control import linearised_control, mean_states, single_times
 from ppl.errors import CapabilityError
+from ppl.monitor import Monitor
+from ppl.program import Program
+from ppl.sites import unwrap
 from sde.path import Path
 
-__all__ = ["coarse_steps", "discretisation_bias", "refuse_unmoved"]
+__all__ = ["coarse_steps", "discretisation_bias", "linear_data", "note_coarse_steps", "refuse_unmoved"]
 
 WORK = 3e8  # multiply-adds of one recursion, above which the estimate is left out
+ENTRIES = 10_000_000  # of the matrix from paths to data, above which a run does not wait for a remark
 WORTH = 0.05  # nat of bias that is worth a remark
 
 
@@ -103,3 +108,34 @@ def refuse_unmoved(path: Path, rows: Tensor | None = None) -> None:
         f"is zero along the path from state {states[0].tolist()[:8]} at time {times[0]:.4g}; give it a floor, or leave "
         "that datum out"
     )
+
+
+def linear_data(program: Program, site: str, path: Path, needed: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rows (obs, n, d), data and variances of linear Gaussian data of single times, at first values of other latents.
+
+    Raises:
+        CapabilityError: the data are not such, and are needed.
+    """
+    given = {n: v for n, v in program.first_values.items() if n != site}
+    likelihood = Likelihood(program, (site,), given)
+    if not likelihood.is_gaussian and not needed:
+        return None
+    gaussian = likelihood.gaussian  # whitened
+    rows = gaussian.operator.dense(dtype=torch.float64).reshape(-1, *path.event_shape)
+    data = gaussian.data.reshape(-1).double()
+    if single_times(rows):
+        return rows, data, torch.ones_like(data)
+    if needed:
+        raise CapabilityError('around="linear" takes data that each see one time of the path; give around=None')
+    return None
+
+
+def note_coarse_steps(program: Program, site: str, monitor: Monitor) -> None:
+    """Tell where linear Gaussian data of single times are sharper than the steps allow, at first values of the rest."""
+    path = unwrap(program.sites[site].distribution)
+    if path.event_shape.numel() * sum(y.numel() for y in program.data.values()) > ENTRIES:
+        return
+    data = linear_data(program, site, path)
+    remark = None if data is None else coarse_steps(path, *data)
+    if remark is not None:
+        monitor.note(remark)

@@ -46,8 +46,8 @@ class NIWMeta:
     For small networks and few shots `local=GaussNewton(steps=1, through=True)` with `expectation="quadratic"` learns
     the network's derivatives along with its parameters; its predictions are the linearised ones (`Adapted.predict`).
     It is for Gaussian targets: one linearisation is no fit of a classifier. For networks of classes take
-    `local=Fisher(steps=5)`, `update="natural"`, `expectation="quadratic"`, a prior whose variance is wide (0.5), held by
-    a df of 1e6, and predictions at the temperature that `cooled` finds.
+    `local=Fisher(steps=5)`, `update="natural"`, `expectation="quadratic"`, a prior whose variance is wide (0.5), held
+    by a df of 1e6, and predictions at the temperature that `cooled` finds.
 
     Where torch.distributed is initialised the episodes of a batch are shared between its processes, all with the same
     arguments, and all end with the same law; `models.meta.distributed` says how to start them.

@@ -376,5 +376,8 @@ def test_coarse_steps_are_noted_with_their_bias() -> None:
     engine = ppl.NoiseSpace(ppl.SVI(guide=ControlGuide(width=4), steps=2))
     notes = ppl.infer(program, engine, draws=30, progress=False).attrs["notes"]
     assert any("sharper than steps of 0.2 allow" in n and "nat" in n for n in notes)
+    for walker in (inverse.GuidedParticleFilter(particles=8, runs=1), inverse.ParticleGibbs(warmup=1, particles=2)):
+        notes = ppl.infer(program, walker, draws=2, chains=1, progress=False).attrs["notes"]
+        assert any("sharper than steps of 0.2 allow" in n for n in notes), walker
     fine = ppl.infer(bridge("II", 0.7, 0.0), ppl.NoiseSpace(ppl.SVI(guide=ControlGuide(width=4), steps=2)), draws=30)
     assert not any("sharper" in n for n in fine.attrs["notes"])
