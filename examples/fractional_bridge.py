@@ -60,6 +60,7 @@ print(posterior.summary().loc[["h"]])
 
 # %% figure
 
+plt.rc("axes", titlesize=9)
 figure, axes = plt.subplots(1, len(HURST) + 1, figsize=(3 * (len(HURST) + 1), 2.6), layout="constrained")
 line = torch.cat([torch.zeros(1, dtype=torch.float64), times])
 for axis, (h, found) in zip(axes, bridges.items(), strict=False):
@@ -71,11 +72,9 @@ for axis, (h, found) in zip(axes, bridges.items(), strict=False):
     axis.fill_between(line, mean - 1.645 * sd, mean + 1.645 * sd, color="C0", alpha=0.2, lw=0)
     axis.plot(line, x[:12].T, lw=0.6, color="C0")
     axis.plot([END], [1.0], "o", ms=4, color="C3")
-    axis.set_title(f"draws and exact 90 %, H = {h}", fontsize=9)
-    axis.set(xlabel="t", ylabel="x")
+    axis.set(title=f"draws and exact 90 %, H = {h}", xlabel="t", ylabel="x")
 axes[-1].hist(posterior.flatten("h"), bins=30, range=(0, 1), density=True, color="C0", alpha=0.6)
 axes[-1].axvline(0.75, color="C3", lw=1)
-axes[-1].set_title("H given 40 noisy values", fontsize=9)
-axes[-1].set(xlabel="Hurst index", ylabel="posterior density")
+axes[-1].set(title="H given 40 noisy values", xlabel="Hurst index", ylabel="posterior density")
 figure.savefig("fractional_bridge.png", dpi=150)
 print("wrote fractional_bridge.png")
