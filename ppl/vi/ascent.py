@@ -32,6 +32,7 @@ __all__ = ["Ascent", "adam"]
 
 PATH_AFTER = 0.3  # share of the steps that keep the score term, which cancels noise while q is narrow and misplaced
 NATURAL = 5.0  # rate of natural gradients as a multiple of Adam's: in their coordinates all curvatures are about one
+TRUST, TRUST_STEPS = 4.0, 100  # bound on the noise of natural steps at the start, and how soon it has come down to one
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, Kingma & Ba (2015)
 GUIDE, MODEL = "guide.", "model."
 
@@ -112,7 +113,7 @@ class Ascent:
         rate = options.learning_rate(step)
         self._adam(gradient, rate)
         if self.natural:
-            natural, trust = min(NATURAL * rate, 0.5), rate / options.lr
+            natural, trust = min(NATURAL * rate, 0.5), _trust(step) * rate / options.lr
             self._replace(self.guide.natural_step(detached(own), noise, grad_z, natural, trust))  # type: ignore[attr-defined]
         begin = round(options.steps * (1 - options.average))
         if options.average and step >= begin:
@@ -184,6 +185,11 @@ class Ascent:
         """One step uphill."""
         self.updates = self.updates + 1
         self.theta, self.m, self.v = adam(self.theta, self.m, self.v, int(self.updates), gradient, lr)
+
+
+def _trust(step: int) -> float:
+    """How far noise may move the covariance: further in the first steps, which have a long way to go."""
+    return 1 + (TRUST - 1) * max(0.0, 1 - step / TRUST_STEPS)
 
 
 def adam(theta: Tensor, m: Tensor, v: Tensor, count: int, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
