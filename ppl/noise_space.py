@@ -37,7 +37,7 @@ CAPABILITY = "noise_space"
 NORMAL = frozenset({"gaussian", "gaussian_latents"})
 
 
-class _OfEngine:
+class OfEngine:
     """Class data that an object takes from its engine; on the class itself, a value that promises nothing."""
 
     def __init__(self, name: str, default: Any) -> None:
@@ -71,12 +71,12 @@ class NoiseSpace:
     engine: Backend
     sites: tuple[str, ...] = ()
 
-    exact: ClassVar[Any] = _OfEngine("exact", "never")
-    limit: ClassVar[Any] = _OfEngine("limit", ())
-    exact_when: ClassVar[Any] = _OfEngine("exact_when", ())
+    exact: ClassVar[Any] = OfEngine("exact", "never")
+    limit: ClassVar[Any] = OfEngine("limit", ())
+    exact_when: ClassVar[Any] = OfEngine("exact_when", ())
     needs: ClassVar[frozenset[str]] = frozenset({CAPABILITY})
-    default_chains: ClassVar[Any] = _OfEngine("default_chains", 1)
-    batches_problems: ClassVar[Any] = _OfEngine("batches_problems", False)
+    default_chains: ClassVar[Any] = OfEngine("default_chains", 1)
+    batches_problems: ClassVar[Any] = OfEngine("batches_problems", False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))

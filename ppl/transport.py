@@ -9,6 +9,7 @@ never exactness.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ from ppl.errors import CapabilityError, OptionError, ProgramError
 from ppl.flat import FlatDensity
 from ppl.mcmc.hmc import HMC
 from ppl.mcmc.nuts import NUTS
-from ppl.noise_space import _OfEngine
+from ppl.noise_space import OfEngine
 from ppl.program import Program
 from ppl.smc.reference import check_source, reference_of
 from ppl.trace import Run, log_prob_of
@@ -74,7 +75,7 @@ class Transport:
     limit: ClassVar[tuple[str, ...]] = ("draws",)
     exact_when: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
-    default_chains: ClassVar[Any] = _OfEngine("default_chains", 1)
+    default_chains: ClassVar[Any] = OfEngine("default_chains", 1)
     batches_problems: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class _Moved(Program):
         return _NearDensity(self, self.fitted) if self.near else _GuideDensity(self, self.fitted)
 
 
-class _Transported(FlatDensity):
+class _Transported(FlatDensity, ABC):
     """The log density of noise e (lanes, size) that a guide makes draws of."""
 
     def __init__(self, program: Program, fitted: FittedGuide) -> None:
@@ -129,9 +130,9 @@ class _Transported(FlatDensity):
             )
         self.dim = example.shape[1]
 
+    @abstractmethod
     def draw(self, noise: Tensor) -> Tensor:
         """What the noise makes, (lanes, dim of the program)."""
-        raise NotImplementedError
 
     def constrain(self, z: Tensor, subsample: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Site values of noise (lanes, size)."""
