@@ -127,14 +127,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--motions", nargs="+", choices=sorted(MOTIONS), default=["smooth", "bouncing"])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--folder", type=Path, default=Path("runs/video"))
+    parser.add_argument("--seed", type=int, default=0, help="of networks at first, batches and driving numbers")
+    parser.add_argument("--folder", type=Path, default=Path("runs/video"), help="of checkpoints; one for each seed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--videos", type=int, default=256, help="held-out videos for the scores")
     parser.add_argument("--draws", type=int, default=20, help="forecasts of each")
     parser.add_argument("--export", type=Path, default=None, help="write weights, facts and card here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    config, turn = FitConfig(steps=options.steps), 100
+    config, turn = FitConfig(steps=options.steps, seed=options.seed), 100
     runs = {(m, n): start(m, n, config, options.batch) for m in options.motions for n in NOISES}
     for until in range(turn, options.steps + turn, turn):
         for (motion, noise), run in runs.items():
