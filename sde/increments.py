@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from sde.incomplete_gamma import Array, constant
 from sde.prior import can_look
@@ -92,7 +92,7 @@ class Increments:
     """B(t_{n+1}) - B(t_n) on one grid, as a linear map of normal numbers.
 
     Args:
-        noise: Brownian or Markov; with a Hurst index that depends on time, B(t) = sum_k w_k(H(t)) Y_k(t).
+        noise: Brownian or Markov; with a Hurst index that depends on time, B(t) = sum_k w_k(H(t)) (Y_k(t) - Y_k(0)).
         grid: (steps + 1,) ascending times.
 
     Raises:
@@ -211,7 +211,8 @@ class Increments:
         eye = torch.eye(self.steps, dtype=torch.float64)
         if self.noise.size == 0:
             return torch.from_numpy(np.diag(np.sqrt(self.dt))), eye[:, :0]
-        hurst, size = self.noise.weights().shape[:-1], self.noise.size
+        size = self.noise.size
+        hurst = Size() if varies(self.noise) else self.noise.weights().shape[:-1]
         eye = eye.expand(*hurst, self.steps, self.steps) if hurst else eye
         if not starts_random(self.noise):
             return self(eye.movedim(-2, 0), None).movedim(0, -1), eye[..., :0]

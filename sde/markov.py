@@ -4,7 +4,8 @@ r"""Fractional Brownian motion as a weighted sum of Ornstein-Uhlenbeck processes
 
 The weights minimise E int_0^T (B^H - B)^2 dt with the same W in both, in closed form for both types, and so is the
 error that is left. Type I starts its factors from their stationary law, Cov(Y_i(0), Y_j(0)) = 1 / (gamma_i + gamma_j);
-type II at 0. A factor of rate 0 is Brownian motion itself.
+type II at 0. A factor of rate 0 is Brownian motion itself. With an index that depends on time, w_k = w_k(H(t)): the
+multifractional motion whose value at t is that of B^{H(t)}. Type I then keeps its Y_k(0) as factors that do not move.
 
 Source: Daems et al. (ICLR 2024), the public code [read]; closed forms in stable float64 and grids [derived].
 """
@@ -167,14 +168,20 @@ class MarkovNoise:
         return self.hurst.dtype if isinstance(self.hurst, Tensor) else torch.get_default_dtype()
 
     @property
+    def _keeps_start(self) -> bool:
+        """Whether Y(0) joins the factors, at rate 0 and without noise: its weights change with time."""
+        return self.kind == "I" and callable(self.hurst)
+
+    @property
     def size(self) -> int:
-        """How many factors there are, that of rate 0 counted."""
-        return len(self._grid.rates)
+        """How many factors there are, that of rate 0 counted, and Y(0) where it is kept."""
+        return len(self._grid.rates) * (2 if self._keeps_start else 1)
 
     @property
     def rates(self) -> Array:
-        """gamma, (size,) per unit of time, ascending."""
-        return np.array(self._grid.rates) / self.horizon
+        """gamma, (size,) per unit of time, ascending; then zeros for Y(0) where it is kept."""
+        moving = np.array(self._grid.rates) / self.horizon
+        return np.concatenate([moving, np.zeros(self.size - len(moving))])
 
     def _index(self, times: Tensor | None) -> Tensor:
         """H in float64, at times when it depends on them."""
@@ -206,6 +213,8 @@ class MarkovNoise:
         found = self._kernel_weights(hurst)
         if self.unit:
             found = found * unit_scale(hurst, self.kind)[..., None]
+        if self._keeps_start:
+            found = torch.cat([found, -found], -1)
         return found.to(dtype or self.dtype)
 
     def relative_error(self, times: Tensor | None = None, *, until: float | None = None) -> Tensor:
@@ -221,7 +230,7 @@ class MarkovNoise:
             0.3128
         """
         hurst = self._index(times)
-        weights = self.weights(times, dtype=torch.float64)
+        weights = self.weights(times, dtype=torch.float64)[..., : len(self._grid.rates)]
         if self.unit:
             weights = weights / unit_scale(hurst, self.kind)[..., None]
         horizon = self.horizon if until is None else until
@@ -253,9 +262,9 @@ class MarkovNoise:
         positive = self.rates[self.rates > 0]
         zero = "0 and " if self._has_zero else ""
         text = (
-            f"type {self.kind}, H {shown}, {self.size} factors with rates {zero}{float(positive[0]):.3g} .. "
-            f"{float(positive[-1]):.3g} over horizon {self.horizon:g}: relative error of the path "
-            f"{float(error.max()):.2g}"
+            f"type {self.kind}, H {shown}, {len(self._grid.rates)} factors with rates {zero}"
+            f"{float(positive[0]):.3g} .. {float(positive[-1]):.3g} over horizon {self.horizon:g}: "
+            f"relative error of the path {float(error.max()):.2g}"
         )
         if dt is not None and not callable(self.hurst):
             ratio = self.step_variance(dt) / (
@@ -278,11 +287,14 @@ class MarkovNoise:
             dt: time step, any shape.
 
         Returns:
-            Decay and gain, (*dt, size); arrays, which a trace takes as constants.
+            Decay and gain, (*dt, size); arrays, which a trace takes as constants. Y(0), where it is kept, has decay 1
+            and gain 0.
         """
         x = self.rates * np.asarray(dt, dtype=np.float64)[..., None]
         safe = np.where(x < 1e-8, 1.0, x)
-        return np.exp(-x), np.where(x < 1e-8, 1 - x / 2, -np.expm1(-safe) / safe)
+        gain = np.where(x < 1e-8, 1 - x / 2, -np.expm1(-safe) / safe)
+        gain[..., len(self._grid.rates) :] = 0.0
+        return np.exp(-x), gain
 
     def step_variance(self, dt: float) -> Tensor:
         """Variance of a late increment over dt, as simulated and of the process: (2, *hurst)."""
@@ -296,10 +308,11 @@ class MarkovNoise:
 
     @property
     def _stationary(self) -> Array:
-        """1 / (gamma_i + gamma_j), zero for rate 0: (size, size)."""
-        both = self.rates[:, None] + self.rates
-        moving = self.rates > 0
-        return np.where(moving[:, None] & moving, 1 / np.maximum(both, 1e-300), 0.0)
+        """1 / (gamma_i + gamma_j), zero for rate 0: (size, size), twice each way where Y(0) is kept."""
+        rates = np.array(self._grid.rates) / self.horizon
+        both, moving = rates[:, None] + rates, rates > 0
+        law = np.where(moving[:, None] & moving, 1 / np.maximum(both, 1e-300), 0.0)
+        return np.tile(law, (2, 2)) if self._keeps_start else law
 
     @property
     def initial_covariance(self) -> Array:
@@ -311,11 +324,14 @@ class MarkovNoise:
         """L with L L^T the initial covariance, lower triangular, for Y(0) = L eps: (size, size)."""
         factor = np.zeros((self.size, self.size))
         if self.kind == "I":
-            inside = np.flatnonzero(self.rates > 0)
+            inside = np.flatnonzero(np.array(self._grid.rates) > 0)
             scale = np.sqrt(2 * self.rates[inside])  # to correlations, which are well scaled over many decades
             block = np.ix_(inside, inside)
             correlation = self._stationary[block] * scale[:, None] * scale
             factor[block] = np.linalg.cholesky(correlation + 1e-12 * np.eye(len(inside))) / scale[:, None]
+        if self._keeps_start:
+            moving = len(self._grid.rates)
+            factor[moving:, :moving] = factor[:moving, :moving]
         return factor
 
     # Laws.

@@ -30,7 +30,7 @@ def test_scan_is_the_recursion(n: int) -> None:
     torch.testing.assert_close(linear_scan(decay, move), torch.stack(found, -1))
 
 
-@pytest.mark.parametrize("kind", ["I", "II", "brownian", "varying"])
+@pytest.mark.parametrize("kind", ["I", "II", "brownian", "varying", "varying I"])
 @pytest.mark.parametrize("dt", [None, 0.02])
 def test_path_is_that_of_the_loop(kind: str, dt: float | None) -> None:
     """Values, and gradients in all parameters and the noise, at irregular times of two coordinates."""
@@ -39,7 +39,8 @@ def test_path_is_that_of_the_loop(kind: str, dt: float | None) -> None:
     def noise(h: Tensor) -> Noise:
         if kind == "brownian":
             return BrownianNoise()
-        return MarkovNoise((lambda t: h + 0.1 * t) if kind == "varying" else h, 2.0, "I" if kind == "I" else "II")
+        index = (lambda t: h + 0.1 * t) if kind.startswith("varying") else h
+        return MarkovNoise(index, 2.0, "I" if kind.endswith("I") and kind != "II" else "II")
 
     found = []
     for scanned in (True, False):

@@ -61,12 +61,30 @@ def test_increments_are_those_of_a_loop(kind: Kind, regular: bool, monkeypatch: 
     torch.testing.assert_close(Increments(noise, grid)(eps, start), by_loop(noise, grid, eps, start))
 
 
-def test_increments_with_a_hurst_index_that_depends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def rising(t: Tensor) -> Tensor:
+    return 0.3 + 0.4 * t
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_increments_with_a_hurst_index_that_depends_on_time(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sde.increments, "BLOCK", 8)
     grid = torch.linspace(0, 1, 21, dtype=DOUBLE)
-    noise = MarkovNoise(lambda t: 0.3 + 0.4 * t, 1.0, "II")
-    eps = normal(3, 20)
-    torch.testing.assert_close(Increments(noise, grid)(eps, None), by_loop(noise, grid, eps, None))
+    noise = MarkovNoise(rising, 1.0, kind)
+    eps, start = normal(3, 20), normal(3, noise.size, seed=1) if kind == "I" else None
+    torch.testing.assert_close(Increments(noise, grid)(eps, start), by_loop(noise, grid, eps, start))
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_multifractional_motion_has_the_variance_of_the_index_at_each_time(kind: Kind) -> None:
+    """Var B(t) = t^(2 H(t)) to 1.5 %, and the density of a path is that of its Gaussian law."""
+    times = torch.linspace(0.05, 1, 20, dtype=DOUBLE)
+    noise = MarkovNoise(rising, 1.0, kind, 12)
+    law = Path(Process(noise=noise), times, torch.zeros(1, dtype=DOUBLE), dt=0.005).gaussian()
+    variance = law.covariances[0].diagonal()
+    torch.testing.assert_close(variance, times ** (2 * rising(times)), rtol=0.015, atol=0.0)
+    path = Path(Process(noise=noise), times, torch.zeros(1, dtype=DOUBLE))
+    x = path.draw((3,), generator())
+    torch.testing.assert_close(path.log_prob(x), path.gaussian().log_prob(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["I", "II"])

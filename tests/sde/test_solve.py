@@ -27,6 +27,10 @@ def processes() -> dict[str, tuple[Process, dict[str, object]]]:
         return torch.sin(2 * x.flip(-1)) - x + t
 
     slow = {"grid": (0.1, 20.0), "max_error": 0.9}
+
+    def rising(t: Tensor) -> Tensor:
+        return 0.3 + 0.5 * t
+
     two, one = MarkovNoise(0.7, 1.0, "II", 3, **slow), MarkovNoise(0.3, 1.0, "I", 3, **slow)  # type: ignore[arg-type]
     return {
         "srk, K = 0": (Process(drift, waves), {"method": "srk"}),
@@ -46,6 +50,12 @@ def processes() -> dict[str, tuple[Process, dict[str, object]]]:
             Process(coupled, matrix, two, general=True, noises=3, sense="stratonovich"), {"method": "midpoint"}
         ),
         "adaptive": (Process(drift, 0.7, sense="stratonovich"), {"adaptive": True, "method": "midpoint"}),
+        "an index of time, type II": (
+            Process(drift, 0.7, MarkovNoise(rising, 1.0, "II", 3, **slow)), {"method": "euler"}
+        ),
+        "an index of time, type I": (
+            Process(drift, 0.7, MarkovNoise(rising, 1.0, "I", 3, **slow)), {"method": "srk"}
+        ),
     }  # fmt: skip
 
 
@@ -92,6 +102,30 @@ def test_gradient_by_the_adjoint_is_that_of_backpropagation() -> None:
     assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
+@pytest.mark.parametrize("of_time", [False, True])
+def test_adjoint_finds_a_learned_hurst_index(of_time: bool) -> None:
+    """A tensor, and a module that makes one of time; gradients as without the adjoint, to 2 % for the steps."""
+
+    class Index(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = nn.Parameter(torch.tensor(0.6, dtype=DOUBLE))
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.h + 0.2 * t
+
+    found = []
+    for adjoint in (False, True):
+        index = Index()
+        noise = MarkovNoise(index if of_time else index.h, 1.0, "II", 3, grid=(0.1, 10.0))
+        path = Path(Process(lambda x, t: -x, 0.3, noise, sense="stratonovich"), TIMES[:1], torch.ones(1, dtype=DOUBLE))
+        x = solve_torchsde(path, 20, dt=0.005, seed=1, method="midpoint", adjoint=adjoint)
+        x[:, -1].square().mean().backward()
+        assert index.h.grad is not None
+        found.append(float(index.h.grad))
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
 def test_same_seed_same_paths() -> None:
     path = Path(Process(drift, 0.5), TIMES, torch.zeros(2, dtype=DOUBLE))
     one, other, different = (solve_torchsde(path, 3, dt=0.1, seed=s, method="euler") for s in (4, 4, 5))
@@ -103,12 +137,8 @@ def test_bad_input() -> None:
     fast = Path(Process(drift, 0.5, MarkovNoise(0.2, 1.0)), TIMES, torch.zeros(1, dtype=DOUBLE))
     with pytest.raises(ValueError, match="explicit solvers need rate times dt below"):
         solve_torchsde(fast, 2, dt=0.01)
-    varying = Path(
-        Process(drift, 0.5, MarkovNoise(lambda t: 0.3 + 0.2 * t, 1.0, grid=(0.1, 10.0))),
-        TIMES,
-        torch.zeros(1, dtype=DOUBLE),
-    )
-    with pytest.raises(ValueError, match="does not depend on time"):
-        solve_torchsde(varying, 2, dt=0.01)
+    jump = MarkovNoise(lambda t: torch.where(t < 0.7, 0.3, 0.6).to(t), 1.0, grid=(0.1, 10.0))
+    with pytest.raises(ValueError, match=r"too fast near time 0.7 for steps of 0.02, or jumps there"):
+        solve_torchsde(Path(Process(drift, 0.5, jump), TIMES, torch.zeros(1, dtype=DOUBLE)), 2, dt=0.02)
     with pytest.raises(ValueError, match="without a batch shape"):
         solve_torchsde(Path(Process(drift, 0.5), TIMES, torch.zeros(4, 1, dtype=DOUBLE)), 2, dt=0.1)

@@ -33,6 +33,7 @@ NOISES: dict[str, Noise] = {
     "I": MarkovNoise(HURSTS, 1.0, "I", 4),
     "II": MarkovNoise(HURSTS, 1.0, "II", 4),
     "varying": MarkovNoise(lambda t: 0.3 + 0.4 * t, 1.0, "II", 4),
+    "varying, I": MarkovNoise(lambda t: 0.3 + 0.4 * t, 1.0, "I", 4),
 }
 
 
