@@ -3,7 +3,8 @@ r"""A controlled path as a Pyro distribution: the law of X where the driving noi
     z_n ~ N(u(X_n, Y_n, h_n) sqrt(dt), s_n^2),   Y+ = e^(-gamma dt) Y + m sqrt(dt) z_n,   X+ = X + f dt + g w . (Y+ - Y)
 
 Beside the prior `sde.Path`, log q - log p of a draw has mean E sum of u^2 dt / 2 where s = 1, as in continuous time,
-and (s^2 - 1) / 2 - log s more for every number otherwise [derived]. Data sharper than a step ask for s below 1.
+and (s^2 - 1) / 2 - log s more for every number otherwise [derived]. Data sharper than a step ask for s below 1. Noise of
+type I starts from random Y_0, which are given: they are an unknown of their own, with a guide of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["Control", "ControlledPath", "Sight"]
 
 
 class Sight:
-    """What a control sees: the state, and the factors in units of their spread at the noise's horizon.
+    """What a control sees: the state, and the factors in units of their spread at the noise's horizon, or always (I).
 
     The horizon, not the path's end: a path that is followed for longer looks the same.
     """
@@ -34,7 +35,8 @@ class Sight:
     def __init__(self, path: Path, like: Tensor) -> None:
         noise = path.process.noise
         rates = np.array(noise.rates) if noise.size else np.zeros(0)  # type: ignore[attr-defined]
-        self.unit = constant(np.sqrt(2 * rates + 1 / noise.horizon), like).to(like)
+        spread = np.where(rates > 0, 0.0, 1.0) if starts_random(noise) else np.ones_like(rates)
+        self.unit = constant(np.sqrt(2 * rates + spread / noise.horizon), like).to(like)
 
     def __call__(self, x: Tensor, factors: Factors) -> Tensor:
         """(batch, latent) and the factors -> (batch, latent (1 + K))."""
@@ -93,9 +95,10 @@ class ControlledPath(TorchDistribution):
     """A path under control, every coordinate with its own noise, every step in the value.
 
     Args:
-        path: the prior, (*batch) = (series,), without steps between its times and with factors that start at 0.
-        control: from latent (1 + K) numbers of state and factors to u sqrt(dt).
-        given: (series, steps, units), what the control knows at each step.
+        path: the prior, (*batch) = (series,), without steps between its times.
+        control: from latent (1 + K) numbers of state and factors to u sqrt(dt); None is the prior, given `first`.
+        given: (series, steps, units), what the control knows at each step; None without a control.
+        first: (series, latent, K) normal numbers that start the factors of type I; None for others.
 
     Raises:
         CapabilityError: a path whose driving numbers cannot be told from its values.
@@ -112,51 +115,82 @@ class ControlledPath(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
+    capabilities: ClassVar[frozenset[str]] = frozenset({"noise_space", "log_prob"})
 
-    def __init__(self, path: Path, control: Control, given: Tensor, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        control: Control | None,
+        given: Tensor | None,
+        first: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         process = path.process
-        if len(path.times) != path.steps or process.general or process.sense != "ito" or starts_random(process.noise):
+        if len(path.times) != path.steps or process.general or process.sense != "ito":
             raise CapabilityError(
                 "a controlled path needs a prior path with all its steps in the value (dt=None), one noise for each "
-                "coordinate, Ito's sense and factors that start at 0 (type II)"
+                "coordinate, and Ito's sense"
             )
-        self.path, self.control, self.given = path, control, given
+        if starts_random(process.noise) and first is None:
+            raise CapabilityError(
+                "noise of type I starts from random factors: give their normal numbers, first=(series, latent, K), as "
+                "a site of its own, or take type II"
+            )
+        self.path, self.control, self.given, self.first = path, control, given, first
         super().__init__(path.batch_shape, path.event_shape, validate_args=validate_args)
+
+    @property
+    def noise_shape(self) -> Size:
+        """(steps latent,) driving numbers."""
+        return Size((self.event_shape.numel(),))
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """(*sample_shape, series, steps, latent) differentiable draws from torch's global generator."""
-        shape = Size(sample_shape)
-        series = self.path.initial.expand(*shape, *self.batch_shape, -1).reshape(-1, self.event_shape[1])
-        eps = torch.randn(len(series), *self.event_shape, dtype=series.dtype, device=series.device)
-        given = self.given.expand(*shape, *self.given.shape).reshape(-1, *self.given.shape[-2:])
-        factors, sight = Factors(self.path, series), Sight(self.path, series)
-        x, found = series, []
+        like = self.path.initial
+        shape = (*Size(sample_shape), *self.batch_shape, *self.noise_shape)
+        return self.from_noise(torch.randn(shape, dtype=like.dtype, device=like.device))
+
+    def from_noise(self, z: Tensor) -> Tensor:
+        """The path of standard normal numbers: (*sample, series, steps latent) -> (*sample, series, steps, latent)."""
+        lead = z.shape[:-1]
+        eps, (x, factors, given) = z.reshape(-1, *self.event_shape), self._start(lead)
+        sight, found = Sight(self.path, x), []
         for n, at in enumerate(self._times):
-            mean = self.control(sight(x, factors), given[:, n])
-            z = mean + self.control.scale(given[:, n]) * eps[:, n]
-            x = self.path.process.step(x, at, self._dts[n], factors.move(n, z))
+            mean, scale = self._law(n, sight, x, factors, given)
+            x = self.path.process.step(x, at, self._dts[n], factors.move(n, mean + scale * eps[:, n]))
             found.append(x)
-        return torch.stack(found, 1).reshape(*shape, *self.batch_shape, *self.event_shape)
+        return torch.stack(found, 1).reshape(*lead, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of the path, (*sample, series): the driving numbers are read off its moves."""
-        process, d = self.path.process, self.event_shape[1]
-        lead = value.shape[:-2]
-        states = value.reshape(-1, *self.event_shape)
-        x = self.path.initial.expand(*lead, d).reshape(-1, d).to(value)
-        given = self.given.expand(*lead, *self.given.shape[-2:]).reshape(-1, *self.given.shape[-2:])
-        factors, sight, total = Factors(self.path, x), Sight(self.path, x), x.new_zeros(len(x))
+        process, lead = self.path.process, value.shape[:-2]
+        states, (x, factors, given) = value.reshape(-1, *self.event_shape), self._start(lead)
+        sight, total = Sight(self.path, x), x.new_zeros(len(x))
         for n, at in enumerate(self._times):
             g = process.g(x, at)
             increment = (states[:, n] - x - process.f(x, at) * self._dts[n]) / g
-            mean = self.control(sight(x, factors), given[:, n])
+            mean, scale = self._law(n, sight, x, factors, given)
             z, weight = _driving(factors, n, increment)
-            scale = self.control.scale(given[:, n])
             white, log_unit = (z - mean) / scale, (g * weight).abs().log() + scale.log()
             total = total - (0.5 * white.square() + 0.5 * math.log(2 * math.pi) + log_unit).sum(1)
             factors.move(n, z)
             x = states[:, n]
         return total.reshape(lead)
+
+    def _start(self, lead: Size) -> tuple[Tensor, Factors, Tensor | None]:
+        """State and factors before the first step and what the control is given, with one row for each of `lead`."""
+        x = self.path.initial.expand(*lead, -1).reshape(-1, self.event_shape[1])
+        rows = [
+            None if part is None else part.expand(*lead, *part.shape[-2:]).reshape(-1, *part.shape[-2:])
+            for part in (self.first, self.given)
+        ]
+        return x, Factors(self.path, x, rows[0]), rows[1]
+
+    def _law(self, n: int, sight: Sight, x: Tensor, factors: Factors, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and scale of the driving numbers of a step, (rows, latent)."""
+        if self.control is None or given is None:
+            return torch.zeros_like(x), torch.ones_like(x)
+        return self.control(sight(x, factors), given[:, n]), self.control.scale(given[:, n])
 
     @property
     def _times(self) -> tuple[Tensor, ...]:
@@ -174,8 +208,8 @@ class ControlledPath(TorchDistribution):
         shape = Size(batch_shape)
         if shape == self.batch_shape:
             return self
-        path = self.path.expand(shape)
-        return ControlledPath(path, self.control, self.given.expand(*shape, *self.given.shape[-2:]), False)
+        parts = (None if p is None else p.expand(*shape, *p.shape[-2:]) for p in (self.given, self.first))
+        return ControlledPath(self.path.expand(shape), self.control, *parts, validate_args=False)
 
 
 def _driving(factors: Factors, n: int, increment: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ encoder reads off the series. Prior and posterior move X and Y by the same expon
 
     log p(y) >= E[sum_i log p(y_i | X(t_i), w)] - E int u^2 dt / 2 - KL(q(X_0) || p) - KL(q(w) || p)
 
-is a true bound for the discretised process at any step. Drift and control are evaluated in one loop.
+is a true bound for the discretised process at any step. Drift and control are evaluated in one loop. Noise of type I, of
+an unknown past, starts from factors Y_0 that are latent as well: Gaussian in the posterior, given X_0, with their own
+divergence.
 
 Source: Daems et al. (ICLR 2024), the public code [read]; the discrete chain and its bound [derived]; theirs has no
 prior on w, and a squared error without a noise level, which is no bound.
@@ -26,10 +28,10 @@ from torch import Tensor, nn
 
 from inverse.paths.factors import Factors
 from models.controlled_path import Control, ControlledPath, Sight
-from models.latent_encoding import Encoding, divergence, moments
+from models.latent_encoding import Encoding, FirstFactors, divergence, moments
 from ppl.errors import OptionError, ShapeError
-from sde.fractional import check_hurst
-from sde.increments import BrownianNoise, Noise
+from sde.fractional import Kind, check_hurst, check_kind
+from sde.increments import BrownianNoise, Noise, starts_random
 from sde.markov import MarkovNoise
 from sde.path import Path
 from sde.process import Process
@@ -38,13 +40,23 @@ __all__ = ["Bound", "Forecast", "LatentSDE"]
 
 
 class Bound(NamedTuple):
-    """The bound for each series of a batch, and its parts: value = log_likelihood - path - start - content."""
+    """The bound for each series of a batch, and its parts: value = log_likelihood - path - start - content - factors."""
 
     value: Tensor  # (batch,)
     log_likelihood: Tensor
     path: Tensor
     start: Tensor
     content: Tensor
+    factors: Tensor
+
+
+class _Drawn(NamedTuple):
+    """What a walk starts from: X_0, the content, the numbers of Y_0, and log q - log p of those or its mean."""
+
+    start: Tensor  # (batch, latent)
+    content: Tensor | None
+    first: Tensor | None  # (batch, latent, K)
+    cost: Tensor  # (batch,)
 
 
 class Forecast(NamedTuple):
@@ -72,6 +84,7 @@ class LatentSDE(nn.Module):
         horizon: last time that will be asked for, forecasts included.
         frame_step: time between two frames, where no times are given.
         hurst: Hurst index; "learn" starts at 1/2; None is Brownian motion without factors.
+        kind: of a fractional noise: "II" starts without a past, "I" has one that is inferred, and stationary increments.
         factors: K of a fractional noise.
         substeps: steps of the process between two frames.
         content: numbers that do not change along the series; the encoder gives them too.
@@ -107,6 +120,7 @@ class LatentSDE(nn.Module):
         *,
         frame_step: float = 0.1,
         hurst: float | Literal["learn"] | None = "learn",
+        kind: Kind = "II",
         factors: int = 5,
         substeps: int = 1,
         content: int = 0,
@@ -132,14 +146,16 @@ class LatentSDE(nn.Module):
             raise OptionError(f"hurst must be a number, 'learn' or None (Brownian motion), got {hurst!r}")
         if hurst is not None and hurst != "learn":
             check_hurst(hurst)
+        check_kind(kind)
         self.encoder, self.decoder, self.latent, self.horizon = encoder, decoder, latent, horizon
         self.frame_step, self.substeps, self.content, self.factors = frame_step, substeps, content, factors
-        self.learns_hurst = hurst == "learn"
+        self.learns_hurst, self.kind = hurst == "learn", kind
         self.fixed_hurst = float(hurst) if isinstance(hurst, (int, float)) else None
-        size = 0 if hurst is None else factors
         self.hurst_logit = nn.Parameter(torch.zeros(())) if self.learns_hurst else None
         self.drift = drift if drift is not None else _drift(latent, width)
-        self.control = Control(latent * (1 + size), int(encoder.context), latent, width, scales)  # type: ignore[arg-type]
+        size, context = self.noise.size, int(encoder.context)  # type: ignore[arg-type]
+        self.control = Control(latent * (1 + size), context, latent, width, scales)
+        self.first = FirstFactors(context, latent, size) if starts_random(self.noise) else None
         self.log_diffusion = nn.Parameter(torch.full((latent,), math.log(diffusion)))
         self.start_loc, self.start_log_scale = nn.Parameter(torch.zeros(latent)), nn.Parameter(torch.zeros(latent))
         if fixed_sigma:
@@ -161,7 +177,7 @@ class LatentSDE(nn.Module):
         """What drives the process."""
         if self.hurst_logit is None and self.fixed_hurst is None:
             return BrownianNoise()
-        return MarkovNoise(self.hurst, self.horizon, factors=self.factors)
+        return MarkovNoise(self.hurst, self.horizon, self.kind, self.factors)
 
     def path(self, start: Tensor, times: Tensor) -> Path:
         """The prior of X at all steps after the first time, from X_0 (*batch, latent); frames are `substeps` apart."""
@@ -184,9 +200,15 @@ class LatentSDE(nn.Module):
         return self.control.read(between.flatten(1, 2))
 
     def _walk(
-        self, start: Tensor, eps: Tensor, given: Tensor, times: Tensor, hold: bool = False
+        self,
+        start: Tensor,
+        eps: Tensor,
+        given: Tensor,
+        times: Tensor,
+        hold: bool = False,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Follow X and the factors from X_0; after the last given step the prior goes on.
+        """Follow X and the factors from X_0 and Y_0; after the last given step the prior goes on.
 
         Returns:
             X at all steps, the first included, (batch, steps + 1, latent); the divergences of all steps, given what was
@@ -194,7 +216,7 @@ class LatentSDE(nn.Module):
             second has q's parameters held, which leaves it the gradient along the path alone.
         """
         path = self.path(start, times)
-        factors, sight, x = Factors(path, start), Sight(path, start), start
+        factors, sight, x = Factors(path, start, first), Sight(path, start), start
         at = torch.from_numpy(path.increments.grid).to(start)
         states, half, log_ratio = [start], start.new_zeros(len(start)), start.new_zeros(len(start))
         held = {n: p.detach() for n, p in self.control.named_parameters()} if hold else {}
@@ -216,19 +238,23 @@ class LatentSDE(nn.Module):
             states.append(x)
         return torch.stack(states, 1), half, log_ratio
 
-    def _encode(self, y: Tensor, generator: torch.Generator | None) -> tuple[Encoding, Tensor, Tensor | None]:
-        """The encoding of series, and draws of X_0 and of the content."""
+    def _encode(self, y: Tensor, generator: torch.Generator | None, pathwise: bool = False) -> tuple[Encoding, _Drawn]:
+        """The encoding of series, and draws of X_0, of the content and of what starts the factors."""
         if y.ndim < 3 or y.shape[1] < 2:
             raise ShapeError(f"expected series (batch, frames, *frame) of two frames or more, got {tuple(y.shape)}")
         found: Encoding = self.encoder(y)
         loc, scale = moments(found.start)
-        start = self.start_loc + self.start_log_scale.exp() * (loc + scale * _normal(loc, loc.shape, generator))
-        if not self.content:
-            return found, start, None
-        if found.content is None:
+        white, content = loc + scale * _normal(loc, loc.shape, generator), None
+        if self.content and found.content is None:
             raise ShapeError(f"the encoder must give the content as well, (batch, {2 * self.content}), got None")
-        loc, scale = moments(found.content)
-        return found, start, loc + scale * _normal(loc, loc.shape, generator)
+        if self.content and found.content is not None:
+            loc, scale = moments(found.content)
+            content = loc + scale * _normal(loc, loc.shape, generator)
+        start, none = self.start_loc + self.start_log_scale.exp() * white, white.new_zeros(len(y))
+        if self.first is None:
+            return found, _Drawn(start, content, None, none)
+        eps = _normal(white, (len(y), *self.first.shape), generator)
+        return found, _Drawn(start, content, *self.first.draw(found.context, white, eps, pathwise))
 
     def bound(
         self,
@@ -248,15 +274,16 @@ class LatentSDE(nn.Module):
                 variance at the best control; otherwise half the sum of u^2 dt.
         """
         times = self.times(y.shape[1]) if times is None else times
-        found, start, content = self._encode(y, generator)
-        eps = _normal(start, (len(y), (len(times) - 1) * self.substeps, self.latent), generator)
+        found, drawn = self._encode(y, generator, pathwise)
+        eps = _normal(drawn.start, (len(y), (len(times) - 1) * self.substeps, self.latent), generator)
         hold = pathwise and torch.is_grad_enabled()
-        states, half, log_ratio = self._walk(start, eps, self._given(found.context), times, hold)
-        mean = self.decoder(states[:, :: self.substeps], content)
+        states, half, log_ratio = self._walk(drawn.start, eps, self._given(found.context), times, hold, drawn.first)
+        mean = self.decoder(states[:, :: self.substeps], drawn.content)
         log_likelihood = dist.Normal(mean, self.log_sigma.exp()).log_prob(y).flatten(1).sum(1)
         path, first = log_ratio if pathwise else half, divergence(found.start)
         fixed = torch.zeros_like(first) if found.content is None else divergence(found.content)
-        return Bound(log_likelihood - path - first - fixed, log_likelihood, path, first, fixed)
+        value = log_likelihood - path - first - fixed - drawn.cost
+        return Bound(value, log_likelihood, path, first, fixed, drawn.cost)
 
     @torch.no_grad()
     def reconstruct(
@@ -297,17 +324,20 @@ class LatentSDE(nn.Module):
         """Frames from the first one forecast, or all where none is."""
         frames = y.shape[1]
         times = self.times(frames + ahead) if times is None else times
-        found, start, content = self._encode(y.repeat(draws, *(1,) * (y.ndim - 1)), generator)
-        eps = _normal(start, (len(start), (len(times) - 1) * self.substeps, self.latent), generator)
-        states, _, _ = self._walk(start, eps, self._given(found.context), times)
+        found, drawn = self._encode(y.repeat(draws, *(1,) * (y.ndim - 1)), generator)
+        eps = _normal(drawn.start, (len(drawn.start), (len(times) - 1) * self.substeps, self.latent), generator)
+        states, _, _ = self._walk(drawn.start, eps, self._given(found.context), times, first=drawn.first)
         latent = states[:, :: self.substeps]
-        mean = self.decoder(latent[:, frames if ahead else 0 :], content)
+        mean = self.decoder(latent[:, frames if ahead else 0 :], drawn.content)
         return Forecast(mean.unflatten(0, (draws, len(y))), latent.unflatten(0, (draws, len(y))))
 
     # The same as Pyro programs.
 
     def model(self, y: Tensor, times: Tensor | None = None) -> None:
-        """The prior and the likelihood as a Pyro program, with a `sde.Path` as its site "x"."""
+        """The prior and the likelihood as a Pyro program, with a `sde.Path` as its site "x".
+
+        Noise of type I has its start at a site "factors", and "x" is the path given that.
+        """
         pyro.module("latent_sde", self)
         times = self.times(y.shape[1]) if times is None else times
         with pyro.plate("series", len(y)):
@@ -316,7 +346,11 @@ class LatentSDE(nn.Module):
             content = None
             if self.content:
                 content = pyro.sample("content", dist.Normal(scale.new_zeros(self.content), 1.0).to_event(1))
-            x = pyro.sample("x", self.path(start, times))
+            path: dist.TorchDistribution = self.path(start, times)
+            if self.first is not None:
+                unit = dist.Normal(scale.new_zeros(self.first.shape), 1.0).to_event(2)
+                path = ControlledPath(self.path(start, times), None, None, pyro.sample("factors", unit))
+            x = pyro.sample("x", path)
             states = torch.cat([start[:, None], x], 1)[:, :: self.substeps]
             likelihood = dist.Normal(self.decoder(states, content), self.log_sigma.exp())
             pyro.sample("y", likelihood.to_event(y.ndim - 1), obs=y)
@@ -332,7 +366,12 @@ class LatentSDE(nn.Module):
             start = pyro.sample("start", dist.Normal(self.start_loc + unit * loc, unit * scale).to_event(1))
             if found.content is not None:
                 pyro.sample("content", dist.Normal(*moments(found.content)).to_event(1))
-            pyro.sample("x", ControlledPath(self.path(start, times), self.control, self._given(found.context)))
+            first = None
+            if self.first is not None:
+                loc, lower = self.first(found.context, (start - self.start_loc) / unit)
+                first = pyro.sample("factors", dist.MultivariateNormal(loc, scale_tril=lower).to_event(1))
+            path, given = self.path(start, times), self._given(found.context)
+            pyro.sample("x", ControlledPath(path, self.control, given, first))
 
 
 def _normal(like: Tensor, shape: torch.Size | tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -21,6 +21,7 @@ from models.latent_encoding import Encoding
 from models.latent_sde import LatentSDE
 from models.zoo import read_checked
 from ppl.errors import OptionError, WeightsError
+from sde.fractional import Kind
 
 __all__ = ["FrameDecoder", "VideoConfig", "VideoEncoder", "load_video", "psnr", "score", "video_model"]
 
@@ -41,6 +42,7 @@ class VideoConfig:
         features: numbers read off one frame.
         channels: of the first convolution; later ones have two and four times as many.
         width: units of drift and control.
+        kind: of a fractional noise, see `LatentSDE`.
         factors: K of a fractional noise.
         substeps: steps of the process between two frames.
         scales: see `LatentSDE`.
@@ -61,6 +63,7 @@ class VideoConfig:
     factors: int = 5
     substeps: int = 1
     scales: bool = True
+    kind: Kind = "II"
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8 or self.channels % 4 or self.channels < 4:
@@ -146,7 +149,7 @@ def video_model(config: VideoConfig, generator: torch.Generator) -> LatentSDE:
         return LatentSDE(
             VideoEncoder(config), FrameDecoder(config), config.latent, config.horizon, frame_step=config.frame_step,
             hurst=config.hurst, factors=config.factors, substeps=config.substeps, content=config.content,
-            width=config.width, scales=config.scales,
+            width=config.width, scales=config.scales, kind=config.kind,
         )  # fmt: skip
 
 

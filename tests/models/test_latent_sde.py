@@ -49,7 +49,7 @@ def shaken(model: LatentSDE, scale: float = 0.3) -> LatentSDE:
     """The same model with weights of the control moved at random."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.control.parameters():
+        for p in [*model.control.parameters(), *(() if model.first is None else model.first.parameters())]:
             p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return model
 
@@ -66,15 +66,15 @@ class Fixed(nn.Module):
         return Encoding(context, self.start.expand(len(y), -1))
 
 
-@pytest.mark.parametrize("hurst", [None, 0.3, 0.8])
-def test_bound_reaches_the_exact_evidence_of_the_same_chain(hurst: float | None) -> None:
+@pytest.mark.parametrize(("hurst", "kind"), [(None, "II"), (0.3, "II"), (0.8, "II"), (0.8, "I")])
+def test_bound_reaches_the_exact_evidence_of_the_same_chain(hurst: float | None, kind: str) -> None:
     """One series, X_0 known: below log p(y), and near it after training; the exact answer is the same discrete chain's.
 
     The bound of a linear program is tight at the best control with scales of its own, so the gap is what training
     leaves. The mean of 4000 values may lie above by four standard errors.
     """
     y = torch.tensor([0.1, 0.5, 0.2, -0.4, 0.3], dtype=torch.float64)[:, None]
-    model = small(hurst, scales=True, encoder=Fixed(5, 1))
+    model = small(hurst, scales=True, encoder=Fixed(5, 1), kind=kind)
     with torch.no_grad():
         model.start_log_scale.fill_(math.log(1e-6))
     for known in (model.start_log_scale, model.start_loc, model.log_diffusion):
@@ -97,15 +97,20 @@ def test_bound_reaches_the_exact_evidence_of_the_same_chain(hurst: float | None)
     assert float(exact) - fit.history[0] * 5 > 1  # there was something to learn
 
 
+@pytest.mark.parametrize("kind", ["I", "II"])
 @pytest.mark.parametrize("scales", [False, True])
-def test_divergence_is_the_mean_of_the_log_ratio(scales: bool) -> None:
+def test_divergence_is_the_mean_of_the_log_ratio(scales: bool, kind: str) -> None:
     """Paired over 4000 paths, within five standard errors; the two differ path by path by the sum of u dW."""
-    model = shaken(small(0.8, latent=2, scales=scales))
+    model = shaken(small(0.8, latent=2, scales=scales, kind=kind))
     y = torch.randn(1, 8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(4000, 8, 1)
     with torch.no_grad():
-        half = model.bound(y, torch.Generator().manual_seed(2)).path
-        log_ratio = model.bound(y, torch.Generator().manual_seed(2), pathwise=True).path
-    difference = log_ratio - half
+        mean = model.bound(y, torch.Generator().manual_seed(2))
+        single = model.bound(y, torch.Generator().manual_seed(2), pathwise=True)
+    half, difference = mean.path, single.path - mean.path
+    if kind == "I":
+        own = single.factors - mean.factors
+        assert float(mean.factors.mean()) > 0.1
+        assert abs(float(own.mean())) < 5 * float(own.std()) / math.sqrt(4000)
     assert float(half.mean()) > 0.1
     assert abs(float(difference.mean())) < 5 * float(difference.std()) / math.sqrt(4000)
     assert float(difference.std()) > 0.1
@@ -144,13 +149,13 @@ def test_gradients_of_both_bounds_agree() -> None:
     assert abs(float(found[False].mean())) > 20 * float(difference.std()) / math.sqrt(20)
 
 
-@pytest.mark.parametrize("hurst", [None, 0.3, 0.8])
-def test_forecasts_have_the_law_of_the_prior_without_control(hurst: float | None) -> None:
+@pytest.mark.parametrize(("hurst", "kind"), [(None, "II"), (0.3, "II"), (0.8, "II"), (0.3, "I"), (0.8, "I")])
+def test_forecasts_have_the_law_of_the_prior_without_control(hurst: float | None, kind: str) -> None:
     """Variances, and covariances of what is forecast with what was before, of 4000 draws; false alarms about 1e-5.
 
     Two substeps: a noise that forgot its factors at the last frame would have other covariances.
     """
-    model = small(hurst, substeps=2)
+    model = small(hurst, substeps=2, kind=kind)
     with torch.no_grad():
         model.start_log_scale.fill_(math.log(1e-6))
     y = torch.zeros(1, 4, 1, dtype=torch.float64)
@@ -183,9 +188,28 @@ def test_programs_agree_with_the_loop(hurst: Any) -> None:
     torch.testing.assert_close(found, log_ratio)
 
 
-def test_programs_give_the_same_bound() -> None:
+def test_given_the_start_of_its_factors_a_path_has_the_density_of_its_noise() -> None:
+    """Type I: p(x | Y_0) integrates to the density of the path over 20,000 starts; its noise comes back as the path."""
+    model = small(0.8, latent=2, kind="I")
+    prior = model.path(torch.zeros(1, 2, dtype=torch.float64), model.times(4))
+    assert model.first is not None
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(20_000, *model.first.shape, generator=generator, dtype=torch.float64)
+    x = prior.draw((), generator)
+    given = ControlledPath(prior.expand((20_000,)), None, None, first)
+    with torch.no_grad():
+        weights = (given.log_prob(x.expand(20_000, -1, -1)) - prior.log_prob(x)).exp()
+    assert abs(float(weights.mean()) - 1) < 5 * float(weights.std()) / math.sqrt(20_000)
+    assert 0.1 < float(weights.std()) < 10
+    z = torch.randn(20_000, *given.noise_shape, generator=generator, dtype=torch.float64)
+    whole = torch.cat([z.unflatten(1, (3, 2)).mT.flatten(1), first.flatten(1)], 1)
+    torch.testing.assert_close(given.from_noise(z)[:, None], prior.from_noise(whole[:, None]))
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_programs_give_the_same_bound(kind: str) -> None:
     """Pyro's own ELBO of model and guide beside `bound`: 400 copies of one series, within five standard errors."""
-    model = shaken(small("learn", content=2))
+    model = shaken(small("learn", content=2, kind=kind))
     model.encoder = WithContent(model.encoder)
     model.decoder = lambda x, content: x[..., :1] + content[:, None, :1]
     y = torch.randn(1, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(400, 5, 1)
@@ -198,9 +222,10 @@ def test_programs_give_the_same_bound() -> None:
     assert abs(theirs - float(ours.value.mean())) < 5 * math.sqrt(2 / 400) * float(ours.value.std())
 
 
-def test_programs_fit_by_svi() -> None:
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_programs_fit_by_svi(kind: str) -> None:
     """`ppl.SVI` traces both programs, a learned Hurst index included, and climbs."""
-    model = small("learn", scales=True).float()
+    model = small("learn", scales=True, kind=kind).float()
     y = torch.randn(8, 4, 1, generator=torch.Generator().manual_seed(0))
     history = ppl.SVI(guide=model.guide, steps=60, particles=1, lr=2e-2).fit(ppl.Program(model.model, y)).history
     assert float(history[-10:].mean()) > float(history[:10].mean()) + 10
@@ -323,3 +348,8 @@ def test_errors_say_what_to_do() -> None:
     coarse = Path(Process(noise=MarkovNoise(0.7, 1.0)), torch.tensor([0.5, 1.0]), torch.zeros(2, 1), dt=0.25)
     with pytest.raises(CapabilityError, match="dt=None"):
         ControlledPath(coarse, nn.Identity(), torch.zeros(2, 2, 1))
+    past = Path(Process(noise=MarkovNoise(0.7, 1.0, "I")), torch.tensor([0.5, 1.0]), torch.zeros(2, 1))
+    with pytest.raises(CapabilityError, match="give their normal numbers"):
+        ControlledPath(past, nn.Identity(), torch.zeros(2, 2, 1))
+    with pytest.raises(ValueError, match="kind must be"):
+        small(0.3, kind="III")
