@@ -58,6 +58,28 @@ class Streams:
         """From one seed per problem."""
         return cls([torch.Generator(device).manual_seed(seed) for seed in seeds])
 
+    @classmethod
+    def around(cls, source: torch.Generator | Streams) -> Streams:
+        """Streams as they are, or the one generator of a run."""
+        return source if isinstance(source, Streams) else cls([source])
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def some(self, members: Sequence[int]) -> Streams:
+        """Those of some of the problems."""
+        return Streams([self.generators[i] for i in members])
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(problem, *shape) standard normal noise."""
+        size = tuple(shape)
+        return torch.stack([torch.randn(size, generator=g, dtype=dtype, device=g.device) for g in self.generators])
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(problem, *shape) uniform numbers between 0 and 1."""
+        size = tuple(shape)
+        return torch.stack([torch.rand(size, generator=g, dtype=dtype, device=g.device) for g in self.generators])
+
     def pack(self) -> Tensor:
         """Where the streams stand, (problem, bytes)."""
         return torch.stack([g.get_state() for g in self.generators])

@@ -7,6 +7,7 @@ z | x, y     ~ N(z; x, rho^2 I) p(y | z): in closed form, or by Metropolis-adjus
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,8 +15,8 @@ import torch
 from torch import Size, Tensor
 
 from inverse.guides.base import likelihood_gradient
-from inverse.problem import DiffusionProblem
 from inverse.samplers.lanes import Noise
+from inverse.side_by_side import SideBySide
 from inverse.split_gibbs import Closed, Splitting, check_sweeps, run_sweeps
 from ppl.backend import Exactness, register
 from ppl.cost import Cost
@@ -71,7 +72,7 @@ class PnPDM:
     exact_when: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     default_chains: ClassVar[int] = 4
-    batches_problems: ClassVar[bool] = False
+    batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_sweeps(self)
@@ -82,21 +83,19 @@ class PnPDM:
         if not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise OptionError(f"step_size must be positive, got {self.step_size}")
 
-    def splitting(self, problem: DiffusionProblem, cost: Cost | None = None) -> Splitting:
-        """The two draws of a sweep on a problem."""
+    def splitting(self, side: SideBySide, chains: int = 1, cost: Cost | None = None) -> Splitting:
+        """The two draws of a sweep on problems side by side."""
         cost = Cost() if cost is None else cost
-        closed = self.inner == "closed" or (self.inner == "auto" and problem.likelihood.is_gaussian)
-        rho = problem.prior.data_std / 5 if self.rho is None else self.rho
-        if closed:
-            return Closed(self, problem, cost, rho)
-        return Chain(self, problem, cost, rho)
+        closed = self.inner == "closed" or (self.inner == "auto" and side.first.likelihood.is_gaussian)
+        rho = side.first.prior.data_std / 5 if self.rho is None else self.rho
+        kind = Closed if closed else Chain
+        return kind(self, side, chains, cost, [rho] * len(side))
 
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
-        """All chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_sweeps(self, self.splitting(problem, monitor.cost), problem, draws, chains, generator, monitor)
+        """All chains side by side, those of all problems together."""
+        return run_sweeps(self, program, draws, chains, generator, monitor)
 
 
 class Chain(Splitting):
@@ -104,21 +103,22 @@ class Chain(Splitting):
 
     metropolis: ClassVar[bool] = True
 
-    def __init__(self, options: PnPDM, problem: DiffusionProblem, cost: Cost, rho: float) -> None:
-        super().__init__(options, problem, cost, rho)
+    def __init__(self, options: PnPDM, side: SideBySide, chains: int, cost: Cost, rhos: Sequence[float]) -> None:
+        super().__init__(options, side, chains, cost, rhos)
         self.inner_steps, self.step_size = options.inner_steps, options.step_size
 
-    def split(self, x: Tensor, rho: float, noise: Noise) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, rhos: Sequence[float], noise: Noise) -> tuple[Tensor, Tensor]:
         """`inner_steps` steps from x."""
-        return self.walk(x, x, rho, noise)
+        return self.walk(x, x, rhos, noise)
 
-    def walk(self, z: Tensor, x: Tensor, rho: float, noise: Noise) -> tuple[Tensor, Tensor]:
+    def walk(self, z: Tensor, x: Tensor, rhos: Sequence[float], noise: Noise) -> tuple[Tensor, Tensor]:
         """`inner_steps` steps from z, given x; a value that is not finite is refused like any other bad proposal."""
-        eta, axes = self.step_size, tuple(range(1, x.ndim))
+        eta, axes, width = self.step_size, tuple(range(1, x.ndim)), self.of_rows(rhos, x).square()
 
         def target(z: Tensor) -> tuple[Tensor, Tensor]:
             value, gradient = likelihood_gradient(self.problem, z, self.cost)
-            return value - (z - x).square().sum(axes) / (2 * rho**2), gradient - (z - x) / rho**2
+            gap = z - x
+            return value - (gap.square() / (2 * width)).sum(axes), gradient - gap / width
 
         accepted = x.new_zeros(len(x))
         value, gradient = target(z)

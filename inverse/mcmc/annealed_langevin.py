@@ -19,7 +19,7 @@ from inverse.mcmc.chain import positive
 from inverse.mcmc.mala import Replicas
 from inverse.mcmc.noised_target import NoisedTarget, check_nodes, inner_nodes, lowest_noise, note_likelihood
 from inverse.mcmc.reverse import ReverseDiffusion
-from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, windows
@@ -110,9 +110,9 @@ class AnnealedLangevin(WalkBackend):
         if not self.metropolis:
             object.__setattr__(self, "exact", "never")
 
-    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Annealed:
+    def walk(self, side: SideBySide, chains: int, monitor: Monitor) -> _Annealed:
         """The chains of one run."""
-        return _Annealed(self, problem, chains, generator, monitor)
+        return _Annealed(self, side, chains, monitor)
 
     @property
     def transitions_before(self) -> int:
@@ -126,26 +126,20 @@ class _Annealed:
     statistics: tuple[str, ...] = ("acceptance_rate", "diverging")
     finishes = True
 
-    def __init__(
-        self,
-        options: AnnealedLangevin,
-        problem: DiffusionProblem,
-        chains: int,
-        generator: torch.Generator,
-        monitor: Monitor,
-    ) -> None:
-        self.options, self.problem, self.chains, self.generator = options, problem, chains, generator
-        self.target = NoisedTarget(problem, monitor.cost, options.chunk)
-        self.sigma = lowest_noise(problem, self.target.likelihood, options.sigma_min)
-        note_likelihood(self.target, self.sigma, monitor)
+    def __init__(self, options: AnnealedLangevin, side: SideBySide, chains: int, monitor: Monitor) -> None:
+        self.options, self.side, self.chains, problem = options, side, chains, side.first
+        self.target = NoisedTarget(side, chains, monitor.cost, options.chunk)
+        self.sigmas = lowest_noise(self.target, options.sigma_min)
+        note_likelihood(self.target, self.sigmas, monitor)
         self.nodes = inner_nodes(options.nodes, self.target)
-        top = problem.prior.sigma_max
-        self.grid = log_grid(top, self.sigma, options.levels)[:-1].tolist() if options.levels > 1 else [self.sigma]
-        self.reverse = ReverseDiffusion(problem, options.solver, options.denoise_steps, options.chunk)
+        top, levels = problem.prior.sigma_max, options.levels
+        lasting = (log_grid(top, s, levels)[:-1].tolist() if levels > 1 else [s] for s in self.sigmas)
+        self.grid = torch.tensor(list(lasting), dtype=torch.float64)  # (problem, level)
+        self.reverse = ReverseDiffusion(problem, options.solver, options.denoise_steps, side.chunk(options.chunk))
         self.size = problem.shape.numel()
         learn = options.learn_metric and options.metropolis and self.size <= LEARNED
         self.windows = windows(options.warmup) if learn and options.warmup else []
-        self.gone = torch.zeros(chains, dtype=torch.bool, device=problem.device)
+        self.gone = torch.zeros(len(side), chains, dtype=torch.bool, device=problem.device)
         self.adapt = DualAveraging.start(self._first())
         self._forget()
 
@@ -153,33 +147,35 @@ class _Annealed:
         step = self.options.step_size
         if step is None:
             step = self.size ** (-1 / 3) if self.options.metropolis else PLAIN
-        return torch.tensor([step], dtype=torch.float64, device=self.problem.device)
+        return torch.full((len(self.side),), step, dtype=torch.float64, device=self.side.first.device)
 
     def _forget(self) -> None:
         """Begin a window: sums of x and of its products, each chain by itself, and their number."""
-        like = torch.zeros((), dtype=self.problem.dtype, device=self.problem.device)
+        like, problems = torch.zeros((), dtype=self.side.first.dtype, device=self.side.first.device), len(self.side)
         width = self.size if self.windows else 0
-        self.sums, self.products = like.new_zeros(self.chains, width), like.new_zeros(width, width)
+        self.sums, self.products = like.new_zeros(problems, self.chains, width), like.new_zeros(problems, width, width)
         self.count = 0
 
     def _enter(self, level: int) -> None:
         """Take the target of a level of the way down."""
-        self.target.at(torch.tensor([self.grid[level]], dtype=torch.float64), level == len(self.grid) - 1)
+        self.target.at(self.grid[:, level], level == self.options.levels - 1)
 
     def begin(self) -> None:
         """Noise at the highest level."""
         self._enter(0)
-        start = self.problem.prior.start(self.problem.noise(self.chains, self.generator), self.grid[0])
-        self.replicas = Replicas(self.target, start[None], self.nodes)
+        noise, prior = self.side.normal(self.chains, *self.side.first.shape), self.side.first.prior
+        tops = self.grid[:, 0].tolist()
+        start = torch.stack([prior.start(n, top) for n, top in zip(noise, tops, strict=True)])
+        self.replicas = Replicas(self.target, start, self.nodes)
 
     def advance(self, step: int) -> dict[str, Tensor]:
         """One Langevin step; a level below after `steps` of them."""
         options = self.options
         level, rest = divmod(step, options.steps)
-        if 0 < level < len(self.grid) and rest == 0:
+        if 0 < level < options.levels and rest == 0:
             self._enter(level)
             self.replicas.evaluate()
-        moved = self.replicas.step(self.adapt.log_step.exp(), self.generator, options.metropolis)
+        moved = self.replicas.step(self.adapt.log_step.exp(), self.side.streams, options.metropolis)
         at = step - options.levels * options.steps
         if options.metropolis and options.step_size is None and at < options.warmup:
             self.adapt.update(moved.accept.mean(1).double(), options.target_accept)
@@ -188,14 +184,15 @@ class _Annealed:
         if 0 <= at < options.warmup:
             self._learn(at)
         if not options.metropolis:
-            self.gone = self.gone | moved.diverging[0]
-        return {"acceptance_rate": moved.accept[0], "diverging": moved.diverging[0].to(moved.accept)}
+            self.gone = self.gone | moved.diverging
+        accept = moved.accept.flatten()
+        return {"acceptance_rate": accept, "diverging": moved.diverging.flatten().to(accept)}
 
     def _learn(self, at: int) -> None:
         """Keep x inside a window; at its end make a metric of what the chains did, each about its own mean."""
         for start, stop in self.windows:
             if start <= at < stop:
-                x = self.replicas.x[0].flatten(1)
+                x = self.replicas.x.flatten(2)  # a level of every problem
                 self.sums, self.products, self.count = self.sums + x, self.products + x.mT @ x, self.count + 1
             if at == stop - 1:
                 free = self.chains * (self.count - 1)
@@ -203,27 +200,25 @@ class _Annealed:
                     inner = (self.products - self.sums.mT @ self.sums / self.count) / free
                     base = self.replicas.metric
                     if base.root is None:
-                        eye = torch.eye(self.size, dtype=inner.dtype, device=inner.device)
-                        half = base.apply(eye.reshape(1, -1, *self.problem.shape)).reshape(self.size, self.size)
-                        self._base = half @ half.mT
+                        self._base = base.dense(self.chains, self.side.first.shape)
                     # Steps in a row are alike: a tenth of them count against the metric of the data alone.
                     share = free / (free + 10 * self.size)
-                    base.root = torch.linalg.cholesky(share * inner + (1 - share) * self._base)[None]
+                    base.root = torch.linalg.cholesky(share * inner + (1 - share) * self._base)
                     if self.options.step_size is None:
                         self.adapt = DualAveraging.start(self._first())
                 self._forget()
 
     def value(self) -> Tensor:
         """x at the lowest level."""
-        return self.replicas.x[0]
+        return self.replicas.x.flatten(0, 1)
 
     def finish(self, x: Tensor) -> Tensor:
         """x_0 given x at the lowest level."""
-        return self.reverse(x, self.sigma, self.generator)
+        return self.reverse(x, self.sigmas, self.side.streams)
 
     def lost(self) -> Tensor:
         """Chains whose step without a test was not finite."""
-        return self.gone
+        return self.gone.flatten()
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step needs."""
@@ -235,7 +230,7 @@ class _Annealed:
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from `state()`."""
-        level = min(max(step - 1, 0) // self.options.steps, len(self.grid) - 1)
+        level = min(max(step - 1, 0) // self.options.steps, self.options.levels - 1)
         self._enter(level)
         inner = {n.removeprefix("replicas."): v for n, v in state.items() if n.startswith("replicas.")}
         self.replicas = Replicas.resumed(self.target, inner, self.nodes)
@@ -245,6 +240,6 @@ class _Annealed:
             self._base = state["base"]
         self.adapt = DualAveraging.resumed(state)
 
-    def summary(self) -> dict[str, Tensor]:
+    def summary(self, index: int) -> dict[str, Tensor]:
         """Step size and the lowest level."""
-        return {"step_size": self.adapt.log_step.exp()[0], "sigma_min": torch.tensor(self.sigma)}
+        return {"step_size": self.adapt.log_step.exp()[index], "sigma_min": torch.tensor(self.sigmas[index])}

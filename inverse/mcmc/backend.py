@@ -9,9 +9,10 @@ import torch
 
 from inverse.mcmc.chain import Walk, check_walk, run_walk
 from inverse.mcmc.reverse import check_solver
-from inverse.problem import DiffusionProblem
 from inverse.samplers.lanes import check_chunk
+from inverse.side_by_side import SideBySide, run_side_by_side
 from ppl.backend import Exactness
+from ppl.errors import NotFiniteError
 from ppl.monitor import Monitor
 from ppl.posterior import Posterior
 from ppl.program import Program
@@ -33,7 +34,7 @@ class WalkBackend:
     """Name of the loop."""
     exact: ClassVar[Exactness] = "in_the_limit"
     needs: ClassVar[frozenset[str]] = frozenset({"denoiser"})
-    batches_problems: ClassVar[bool] = False
+    batches_problems: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_walk(self.warmup, self.thin, self.target_accept)
@@ -41,8 +42,8 @@ class WalkBackend:
         check_solver(self.solver)
 
     @abstractmethod
-    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> Walk:
-        """The chains of one run."""
+    def walk(self, side: SideBySide, chains: int, monitor: Monitor) -> Walk:
+        """The chains of one run, `chains` of every problem."""
 
     @property
     def transitions_before(self) -> int:
@@ -52,15 +53,27 @@ class WalkBackend:
     def run(
         self, program: Program, *, draws: int, chains: int, generator: torch.Generator, monitor: Monitor
     ) -> Posterior:
-        """All chains side by side."""
-        problem = DiffusionProblem.of(program)
-        return run_walk(
-            lambda: self.walk(problem, chains, generator, monitor),
-            problem,
+        """All chains side by side, those of all problems together."""
+
+        def run(side: SideBySide) -> list[Posterior | NotFiniteError]:
+            return run_walk(
+                lambda: self.walk(side, chains, monitor),
+                side,
+                draws=draws,
+                chains=chains,
+                warmup=self.transitions_before,
+                thin=self.thin,
+                monitor=monitor,
+                label=self.label,
+            )
+
+        return run_side_by_side(
+            self,
+            program,
+            run,
+            lambda side: self.walk(side, 1, Monitor()),
             draws=draws,
             chains=chains,
-            warmup=self.transitions_before,
-            thin=self.thin,
+            generator=generator,
             monitor=monitor,
-            label=self.label,
         )

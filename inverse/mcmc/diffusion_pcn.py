@@ -19,8 +19,8 @@ from inverse.mcmc.backend import WalkBackend
 from inverse.mcmc.chain import positive
 from inverse.mcmc.noised_target import gain
 from inverse.mcmc.reverse import ReverseDiffusion
-from inverse.problem import DiffusionProblem
 from inverse.samplers.guided import check_steps
+from inverse.side_by_side import SideBySide
 from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging
@@ -92,9 +92,9 @@ class DiffusionPCN(WalkBackend):
         if not 0 <= self.jump <= 1:
             raise OptionError(f"jump must be a share between 0 and 1, got {self.jump!r}")
 
-    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Returning:
+    def walk(self, side: SideBySide, chains: int, monitor: Monitor) -> _Returning:
         """The chains of one run."""
-        return _Returning(self, problem, chains, generator, monitor)
+        return _Returning(self, side, chains, monitor)
 
 
 class _Returning:
@@ -103,18 +103,11 @@ class _Returning:
     statistics: tuple[str, ...] = ("acceptance_rate", "level", "diverging")
     finishes = False
 
-    def __init__(
-        self,
-        options: DiffusionPCN,
-        problem: DiffusionProblem,
-        chains: int,
-        generator: torch.Generator,
-        monitor: Monitor,
-    ) -> None:
-        self.options, self.problem, self.chains = options, problem, chains
-        self.generator, self.monitor = generator, monitor
-        prior = problem.prior
-        self.reverse = ReverseDiffusion(problem, options.solver, options.steps, options.chunk)
+    def __init__(self, options: DiffusionPCN, side: SideBySide, chains: int, monitor: Monitor) -> None:
+        self.options, self.side, self.chains, self.monitor = options, side, chains, monitor
+        problem, prior = side.first, side.first.prior
+        self.problem = side.rows(chains)
+        self.reverse = ReverseDiffusion(problem, options.solver, options.steps, side.chunk(options.chunk))
         # A network denoises nothing below its own sigma_min.
         self.low = 1e-4 * prior.data_std if "exact_covariance" in prior.capabilities else prior.sigma_min
         self.high = prior.sigma_max
@@ -125,17 +118,19 @@ class _Returning:
                 f"level={start:.4g} data_std = {first:.4g} must lie between the prior's sigma_min={self.low:.4g} and "
                 f"its sigma_max={self.high:.4g}"
             )
-        self.adapt = DualAveraging.start(torch.tensor([first], dtype=torch.float64, device=problem.device))
-        # Averaging would begin with tenfold levels, from which nothing is accepted.
-        self.adapt.centre = self.adapt.log_step.clone()
-        self.tally = torch.zeros(2, dtype=torch.float64, device=problem.device)
-        self.gone = torch.zeros(chains, dtype=torch.bool, device=problem.device)
+        # One for each problem, for they jump at moves of their own.
+        level = torch.tensor([first], dtype=torch.float64, device=problem.device)
+        self.adapt = [DualAveraging.start(level) for _ in side.singles]
+        for adapt in self.adapt:  # averaging would begin with tenfold levels, from which nothing is accepted
+            adapt.centre = adapt.log_step.clone()
+        self.tally = torch.zeros(len(side), 2, dtype=torch.float64, device=problem.device)
+        self.gone = torch.zeros(len(side) * chains, dtype=torch.bool, device=problem.device)
 
     def begin(self) -> None:
         """Draws of the prior."""
-        prior = self.problem.prior
-        noise = self.problem.noise(self.chains, self.generator)
-        x = self.reverse(prior.start(noise, prior.sigma_max), prior.sigma_max, self.generator)
+        first = self.side.first
+        noise = self.side.noise(self.chains).normal(first.shape)
+        x = self.reverse(first.prior.start(noise, first.prior.sigma_max), first.prior.sigma_max, self.side.streams)
         self.gone = ~x.flatten(1).isfinite().all(1)
         self.x = torch.where(self.gone.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
         self.value_of_x = self._log_likelihood(self.x)
@@ -147,20 +142,20 @@ class _Returning:
         return torch.where(value.isnan(), -torch.inf, value)
 
     def advance(self, step: int) -> dict[str, Tensor]:
-        """One move of all chains, from one level."""
+        """One move of all chains, those of a problem from one level."""
         options, warming = self.options, step < self.options.warmup
-        device = self.generator.device
-        which, where = torch.rand(2, generator=self.generator, dtype=torch.float64, device=device).tolist()
-        uniform = torch.rand(self.chains, generator=self.generator, dtype=self.x.dtype, device=device).to(self.x)
-        log_level = float(self.adapt.log_step.clamp(math.log(self.low), math.log(self.high)))
-        jumps = which < options.jump
-        if jumps:
-            log_level += where * (math.log(self.high) - log_level)
-        sigma = min(max(math.exp(log_level), self.low), self.high)
-        noised = self.x + sigma * self.problem.noise(self.chains, self.generator)
-        proposal = self.reverse(noised, sigma, self.generator)
-        finite = proposal.isfinite().flatten(1).all(1)
+        chosen = self.side.streams.uniform((2,), torch.float64).tolist()
+        uniform = self.side.uniform(self.chains).flatten()
+        jumps = [which < options.jump for which, _ in chosen]
+        levels = [
+            self._level(float(adapt.log_step), where if jump else 0.0)
+            for adapt, jump, (_, where) in zip(self.adapt, jumps, chosen, strict=True)
+        ]
         wide = (-1, *[1] * (self.x.ndim - 1))
+        sigma = torch.tensor(levels, dtype=torch.float64).to(self.x).repeat_interleave(self.chains)
+        noised = self.x + sigma.reshape(wide) * self.side.noise(self.chains).normal(self.side.first.shape)
+        proposal = self.reverse(noised, levels, self.side.streams)
+        finite = proposal.isfinite().flatten(1).all(1)
         proposal = torch.where(finite.reshape(wide), proposal, self.x)
         value = self._log_likelihood(proposal)
         ratio = gain(value, self.value_of_x)
@@ -168,18 +163,20 @@ class _Returning:
         keep = uniform < accept
         self.x = torch.where(keep.reshape(wide), proposal, self.x)
         self.value_of_x = torch.where(keep, value, self.value_of_x)
-        if not jumps:
-            if warming and options.level is None:
-                self.adapt.update(accept.mean()[None].double(), options.target_accept)
-            elif not warming:
-                self.tally += torch.stack([accept.mean().double(), torch.ones_like(self.tally[1])])
-        if step == options.warmup - 1 and options.level is None:
-            self.adapt.log_step = self.adapt.log_average
-        return {
-            "acceptance_rate": accept,
-            "level": torch.full_like(accept, sigma),
-            "diverging": (~finite).to(accept),
-        }
+        rates = accept.double().reshape(-1, self.chains).mean(1)
+        for i, adapt in enumerate(self.adapt):
+            if not jumps[i] and warming and options.level is None:
+                adapt.update(rates[i : i + 1], options.target_accept)
+            elif not jumps[i] and not warming:
+                self.tally[i] += torch.stack([rates[i], torch.ones_like(rates[i])])
+            if step == options.warmup - 1 and options.level is None:
+                adapt.log_step = adapt.log_average
+        return {"acceptance_rate": accept, "level": sigma.to(accept), "diverging": (~finite).to(accept)}
+
+    def _level(self, log_level: float, where: float) -> float:
+        """The level of a move, `where` between the chain's own and the highest."""
+        log_level = min(max(log_level, math.log(self.low)), math.log(self.high))
+        return min(max(math.exp(log_level + where * (math.log(self.high) - log_level)), self.low), self.high)
 
     def value(self) -> Tensor:
         """Where the chains are."""
@@ -196,21 +193,26 @@ class _Returning:
     def state(self) -> dict[str, Tensor]:
         """All that the next move needs."""
         own = {"x": self.x, "value": self.value_of_x, "tally": self.tally, "gone": self.gone}
-        return own | self.adapt.state()
+        for i, adapt in enumerate(self.adapt):
+            own |= adapt.state(f"adapt.{i}.")
+        return own
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from `state()`."""
         self.x, self.value_of_x, self.tally, self.gone = (state[n] for n in ("x", "value", "tally", "gone"))
-        self.adapt = DualAveraging.resumed(state)
+        self.adapt = [DualAveraging.resumed(state, prefix=f"adapt.{i}.") for i in range(len(self.side))]
 
-    def summary(self) -> dict[str, Tensor]:
+    def summary(self, index: int) -> dict[str, Tensor]:
         """The level that was used, apart from jumps."""
-        rate = float(self.tally[0] / self.tally[1].clamp(min=1.0))
-        if self.tally[1] > 0 and rate < RARE:
-            self.monitor.note(
+        accepted, moves = self.tally[index].tolist()
+        rate = accepted / max(moves, 1.0)
+        if moves > 0 and rate < RARE:
+            self.side.note(
+                self.monitor,
+                index,
                 f"{rate:.1%} of the moves were accepted: the data are precise, lower level, or take "
-                "inverse.AnnealedLangevin or inverse.TwistedSMC"
+                "inverse.AnnealedLangevin or inverse.TwistedSMC",
             )
-        if bool(torch.isinf(self.value_of_x).any()):
-            self.monitor.note("some chains found no value that the data allow: run a longer warmup")
-        return {"base_level": self.adapt.log_step.exp()[0]}
+        if bool(torch.isinf(self.value_of_x.reshape(-1, self.chains)[index]).any()):
+            self.side.note(self.monitor, index, "some chains found no value that the data allow: run a longer warmup")
+        return {"base_level": self.adapt[index].log_step.exp()[0]}

@@ -15,8 +15,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
+from inverse.many import Streams
 from inverse.mcmc.line_integral import LineRule
 from inverse.mcmc.noised_target import NoisedTarget, SpectralLikelihood, TemperedLikelihood, gain
 
@@ -49,7 +50,7 @@ class Metric:
         inverse = 1 / (target.sigmas.square() + narrow**2)
         if isinstance(likelihood, SpectralLikelihood):
             self.tau = inverse.rsqrt()
-            self.seen = (likelihood.data.s.square() / likelihood.variance + inverse[:, None]).rsqrt()
+            self.seen = (likelihood.s.square() / likelihood.variance + inverse[:, None]).rsqrt()
         else:
             assert isinstance(likelihood, TemperedLikelihood)
             self.tau = (likelihood.curvature * likelihood.weight + inverse).rsqrt()
@@ -64,14 +65,27 @@ class Metric:
             return tau * v
         assert isinstance(self.target.likelihood, SpectralLikelihood)
         data = self.target.likelihood.data
-        return tau * v + data.svd.from_spectral((self.seen - self.tau[:, None])[:, None] * data.of_x(v))
+        seen = data.of_x(v.flatten(0, 1)).reshape(*v.shape[:2], -1)
+        inside = ((self.seen - self.tau[:, None])[:, None] * seen).flatten(0, 1)
+        return tau * v + data.svd.from_spectral(inside).reshape(v.shape)
+
+    def dense(self, chains: int, shape: Size) -> Tensor:
+        """(levels, d, d) the matrices M, by parts of as many columns as there are chains."""
+        size, levels = shape.numel(), len(self.target.sigmas)
+        columns = torch.zeros(math.ceil(size / chains) * chains, size, dtype=self.tau.dtype, device=self.tau.device)
+        columns[:size] = torch.eye(size)
+        parts = [
+            self.apply(part.reshape(1, chains, *shape).expand(levels, -1, *shape)) for part in columns.split(chains)
+        ]
+        half = torch.cat(parts, 1)[:, :size].flatten(2)
+        return half @ half.mT
 
 
 class Replicas:
     """Chains at every level of a target, with all that was evaluated where they stand.
 
     Args:
-        target: the densities.
+        target: the densities; of many problems, the levels of each after those of another.
         x: (levels, chains, *shape).
         nodes: inner nodes of the line integral; None takes the exact density.
     """
@@ -109,13 +123,14 @@ class Replicas:
         """(levels * chains, ...) -> (levels, chains, ...)."""
         return rows.reshape(*self.x.shape[:2], *rows.shape[1:])
 
-    def step(self, eta: Tensor, generator: torch.Generator, metropolis: bool = True) -> Moved:
-        """One step of all replicas with step sizes (levels,), in one denoiser call."""
+    def step(self, eta: Tensor, source: torch.Generator | Streams, metropolis: bool = True) -> Moved:
+        """One step of all replicas with step sizes (levels,), in one denoiser call; each problem has its stream."""
         target, x = self.target, self.x
         like, axes = target.likelihood, tuple(range(2, x.ndim))
-        lead = x.shape[:2]
-        xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
-        uniform = torch.rand(lead, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+        streams = Streams.around(source)
+        each = (len(x) // len(streams), x.shape[1])
+        xi = streams.normal((*each, *x.shape[2:]), x.dtype).flatten(0, 1).to(x.device)
+        uniform = streams.uniform(each, x.dtype).flatten(0, 1).to(x.device)
         wide = eta.to(x).reshape(-1, *[1] * (x.ndim - 1))
         here = self.score + self.fold(like.gradient(self._flat(self.raw), self.level))
         pull = self._pull(here)

@@ -13,15 +13,18 @@ Source: [derived], as the corrected likelihood of `SplitGibbs`, with z in place 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from inverse.chunks import Chunks
 from inverse.guides.base import likelihood_gradient
+from inverse.many import Streams, UnlikeError
 from inverse.problem import DiffusionProblem
 from inverse.samplers.trajectory import SpectralData
+from inverse.side_by_side import ChainNoise, SideBySide
 from ppl.cost import Cost
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
@@ -31,16 +34,23 @@ __all__ = ["NoisedTarget", "check_nodes", "inner_nodes", "lowest_noise", "note_l
 SHARE = 0.7
 """s_1 ||B|| by default: half of the variance of the data is left to the likelihood of x."""
 
+POINTS = 8
+"""Points from which the curvature of a likelihood is looked for."""
+
 Raw = dict[str, Tensor]
 
 
 class NoisedLikelihood(Protocol):
-    """log of the likelihood of x at the levels of a ladder, from features of x that no level enters."""
+    """log of the likelihood of x at the levels of a ladder, from features of x that no level enters.
 
-    curvature: float
+    Problems side by side have a ladder each, one after the other in `levels`.
+    """
+
+    curvatures: Tensor
+    """(problem,) largest curvature of the likelihood of each, float64."""
 
     def at(self, sigmas: Tensor, final: bool) -> None:
-        """Take the levels (levels,), the lowest first; `final` says that this one is that of the draws."""
+        """Take the levels (levels,), the lowest of a problem first; `final` says that this one is that of the draws."""
 
     def read(self, x: Tensor) -> Raw:
         """Features of x (rows, *shape), each with the rows in front."""
@@ -58,16 +68,22 @@ class NoisedLikelihood(Protocol):
 class SpectralLikelihood:
     """Linear data with Gaussian noise, in the singular basis."""
 
-    def __init__(self, problem: DiffusionProblem, cost: Cost) -> None:
-        self.data, self.cost = SpectralData.of(problem, "MCMC at a noise level"), cost
-        norm = float(self.data.s.max()) if len(self.data.s) else 0.0
-        self.curvature = norm**2
+    def __init__(self, side: SideBySide, each: int, cost: Cost) -> None:
+        self.data, self.cost = SpectralData.of(side.rows(each), "MCMC at a noise level"), cost
+        problems = len(side)
+        # (problem, r): rows of one problem share them.
+        self._s, self._u = (t.expand(problems, -1) if t.ndim == 1 else t[::each] for t in (self.data.s, self.data.u))
+        self.curvatures = self._s.new_zeros(problems, dtype=torch.float64)
+        if self._s.shape[-1]:
+            self.curvatures = self._s.double().amax(1).square()
 
     def at(self, sigmas: Tensor, final: bool) -> None:
-        """The variance of the data at every level, (levels, r)."""
+        """The data and their variance at every level, (levels, r)."""
+        problems = len(self._s)
         sign = torch.ones_like(sigmas)
-        sign[0] = -1.0 if final else 1.0
-        self.variance = 1 + (sign * sigmas.square())[:, None] * self.data.s.square()
+        sign[:: len(sigmas) // problems] = -1.0 if final else 1.0
+        self.s, self.u = (t.repeat_interleave(len(sigmas) // problems, 0) for t in (self._s, self._u))
+        self.variance = 1 + (sign * sigmas.square())[:, None] * self.s.square()
 
     def read(self, x: Tensor) -> Raw:
         """V^T x."""
@@ -76,27 +92,29 @@ class SpectralLikelihood:
 
     def value(self, raw: Raw, level: Tensor) -> Tensor:
         """-|u - s V^T x|^2 / 2, weighted by the variance of the level."""
-        gap = self.data.u - self.data.s * raw["seen"]
+        gap = self.u[level] - self.s[level] * raw["seen"]
         return -0.5 * (gap.square() / self.variance[level]).sum(-1)
 
     def gradient(self, raw: Raw, level: Tensor) -> Tensor:
         """V s (u - s V^T x), weighted likewise."""
-        gap = self.data.u - self.data.s * raw["seen"]
-        return self.data.svd.from_spectral(self.data.s * gap / self.variance[level])
+        s = self.s[level]
+        return self.data.svd.from_spectral(s * (self.u[level] - s * raw["seen"]) / self.variance[level])
 
 
 class TemperedLikelihood:
     """Any differentiable likelihood; where it is not finite, it is zero and pulls nowhere."""
 
-    def __init__(self, problem: DiffusionProblem, cost: Cost) -> None:
-        self.problem, self.cost = problem, cost
-        self.curvature = self._curvature()
+    def __init__(self, side: SideBySide, each: int, cost: Cost) -> None:
+        self.problem, self.cost = side.rows(each), cost
+        self.curvatures = self._curvatures(side)
 
     def at(self, sigmas: Tensor, final: bool) -> None:
         """The exponent of every level, (levels,)."""
+        each = len(sigmas) // len(self.curvatures)
+        self.curvature = self.curvatures.to(sigmas).repeat_interleave(each)
         self.weight = 1 / (1 + self.curvature * sigmas.square())
         if final:
-            self.weight[0] = 1.0
+            self.weight[::each] = 1.0
 
     def read(self, x: Tensor) -> Raw:
         """log p(y | x) and its gradient."""
@@ -114,31 +132,36 @@ class TemperedLikelihood:
         g = raw["gradient"]
         return self.weight[level].reshape(-1, *[1] * (g.ndim - 1)) * g
 
-    def _curvature(self) -> float:
+    def _curvatures(self, side: SideBySide) -> Tensor:
         """Largest curvature met by power iterations from points about the prior's mean; a scale, not a bound."""
-        problem, prior = self.problem, self.problem.prior
-        generator = torch.Generator(problem.device).manual_seed(0)
-        noise = problem.noise(8, generator)
-        x = prior.denoise(prior.start(torch.zeros_like(noise)), prior.sigma_max) + 0.5 * prior.data_std * noise
-        step, v, found = 1e-3 * prior.data_std, problem.noise(8, generator), 0.0
+        prior, problem = side.first.prior, side.rows(POINTS)
+        own = ChainNoise(problem, POINTS, Streams.of([0] * len(side), problem.device))
+        noise, v = (own.normal(problem.shape) for _ in range(2))
+        centre = prior.denoise(prior.start(torch.zeros_like(noise)), prior.sigma_max)
+        x, step = centre + 0.5 * prior.data_std * noise, 1e-3 * prior.data_std
         base = likelihood_gradient(problem, x, self.cost)[1]
+        found = torch.zeros(len(side), dtype=torch.float64, device=problem.device)
         for _ in range(5):
             norm = v.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (v.ndim - 1))
             v = (likelihood_gradient(problem, x + step * v / norm, self.cost)[1] - base).nan_to_num(0.0, 0.0, 0.0)
-            found = float(v.flatten(1).norm(dim=1).max()) / step
+            found = v.flatten(1).norm(dim=1).reshape(len(side), -1).amax(1).double() / step
         return found
 
 
-def lowest_noise(problem: DiffusionProblem, likelihood: NoisedLikelihood, wanted: float | None) -> float:
-    """The level that draws are made from.
+def lowest_noise(target: NoisedTarget, wanted: float | None) -> list[float]:
+    """The level that draws of every problem are made from.
 
     Raises:
         OptionError: the level that was asked for, or the only one left, does not exist.
     """
-    prior = problem.prior
+    spectral = isinstance(target.likelihood, SpectralLikelihood)
+    return [_lowest(target.side.first.prior, c, spectral, wanted) for c in target.likelihood.curvatures.tolist()]
+
+
+def _lowest(prior: Any, curvature: float, spectral: bool, wanted: float | None) -> float:
+    """That of one problem."""
     exact = "exact_covariance" in prior.capabilities
-    spectral = isinstance(likelihood, SpectralLikelihood)
-    top = math.sqrt(1 / likelihood.curvature) if likelihood.curvature > 0 else math.inf
+    top = math.sqrt(1 / curvature) if curvature > 0 else math.inf
     sigma = wanted
     if sigma is None:
         sigma = min((SHARE if spectral else 0.1) * top, 0.2 * prior.data_std)
@@ -161,29 +184,39 @@ class NoisedTarget:
     """The prior's score and the likelihood at the levels of a ladder; rows carry the index of their level.
 
     Args:
-        problem: the problem.
+        side: the problems; each has a ladder of its own, one after the other.
+        each: rows of every problem, those of all its levels.
         cost: counts likelihood evaluations.
         chunk: most rows of one denoiser call.
+
+    Raises:
+        UnlikeError: some of the problems can be decomposed and others not.
     """
 
-    def __init__(self, problem: DiffusionProblem, cost: Cost, chunk: int | None) -> None:
-        self.problem, self.cost, self._chunks = problem, cost, Chunks(chunk)
+    def __init__(self, side: SideBySide, each: int, cost: Cost, chunk: int | None) -> None:
+        self.side, self.cost, self._chunks = side, cost, Chunks(side.chunk(chunk))
+        self.problem = problem = side.first
         self.likelihood: NoisedLikelihood
-        gaussian = problem.likelihood.is_gaussian and "svd" in problem.likelihood.gaussian.operator.capabilities
-        self.likelihood = SpectralLikelihood(problem, cost) if gaussian else TemperedLikelihood(problem, cost)
+        known = [_decomposed(single) for single in side.singles]
+        if any(known) and not all(known):
+            raise UnlikeError("the operators of some can be decomposed, and of others not")
+        self.likelihood = SpectralLikelihood(side, each, cost) if known[0] else TemperedLikelihood(side, each, cost)
         self.plates = problem.shape[: len(problem.shape) - len(problem.prior.event_shape)]
         self.knows_density = hasattr(problem.prior, "log_prob_at")
 
     def at(self, sigmas: Tensor, final: bool) -> None:
-        """Take the levels (levels,), float64, the lowest first; `final` says that this one is that of the draws."""
+        """Take the levels (levels,), float64, the lowest of a problem first; `final`: that one is of the draws."""
         self.sigmas = sigmas.to(self.problem.device, self.problem.dtype)
         self.likelihood.at(self.sigmas, final)
 
-    def score(self, x: Tensor, level: Tensor) -> Tensor:
-        """grad log p_s(x), rows (rows, *shape) at levels (rows,) by index, in one denoiser call."""
+    def denoise(self, x: Tensor, level: Tensor) -> Tensor:
+        """E[x_0 | x], rows (rows, *shape) at levels (rows,) by index, in one denoiser call."""
         sigma = self.sigmas[level].reshape(-1, *[1] * len(self.plates))
-        denoised = self._chunks(self.problem.prior.denoise, x, sigma)
-        return (denoised - x) / sigma.square().reshape(len(x), *[1] * (x.ndim - 1))
+        return self._chunks(self.problem.prior.denoise, x, sigma)
+
+    def score(self, x: Tensor, level: Tensor) -> Tensor:
+        """grad log p_s(x) likewise."""
+        return (self.denoise(x, level) - x) / self.sigmas[level].square().reshape(-1, *[1] * (x.ndim - 1))
 
     def log_prior(self, x: Tensor, level: Tensor) -> Tensor:
         """log p_s(x), (rows,), where the prior knows it."""
@@ -207,10 +240,18 @@ def inner_nodes(nodes: int | None, target: NoisedTarget) -> int | None:
     return (None if target.knows_density else 2) if nodes is None else nodes
 
 
-def note_likelihood(target: NoisedTarget, sigma: float, monitor: Monitor) -> None:
+def note_likelihood(target: NoisedTarget, sigmas: Sequence[float], monitor: Monitor) -> None:
     """Say when the draws are blurred."""
     if not isinstance(target.likelihood, SpectralLikelihood):
-        monitor.note(
-            "the likelihood is not linear and Gaussian with a decomposition of its operator: it is blurred by "
-            f"sigma_min={sigma:.3g}, about {(sigma**2 * target.likelihood.curvature):.1%} of its variance"
-        )
+        for i, (sigma, curvature) in enumerate(zip(sigmas, target.likelihood.curvatures.tolist(), strict=True)):
+            target.side.note(
+                monitor,
+                i,
+                "the likelihood is not linear and Gaussian with a decomposition of its operator: it is blurred by "
+                f"sigma_min={sigma:.3g}, about {sigma**2 * curvature:.1%} of its variance",
+            )
+
+
+def _decomposed(problem: DiffusionProblem) -> bool:
+    """Whether the likelihood is linear and Gaussian, with a singular basis."""
+    return problem.likelihood.is_gaussian and "svd" in problem.likelihood.gaussian.operator.capabilities

@@ -9,7 +9,6 @@ the density has one mode; what crosses there comes down by swaps.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +28,7 @@ from inverse.mcmc.noised_target import (
     note_likelihood,
 )
 from inverse.mcmc.reverse import ReverseDiffusion
-from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from ppl.backend import register
 from ppl.errors import OptionError
 from ppl.mcmc.adaptation import DualAveraging, windows
@@ -121,80 +120,75 @@ class ParallelTempering(WalkBackend):
         positive(self, "sigma_min", "sigma_max", "tolerance")
         check_integers(self, levels=2, steps=1, denoise_steps=1)
 
-    def walk(self, problem: DiffusionProblem, chains: int, generator: torch.Generator, monitor: Monitor) -> _Tempered:
+    def walk(self, side: SideBySide, chains: int, monitor: Monitor) -> _Tempered:
         """The chains of one run."""
-        return _Tempered(self, problem, chains, generator, monitor)
+        return _Tempered(self, side, chains, monitor)
 
 
 class _Tempered:
-    """The replicas of one run, (levels, chains), the lowest level first."""
+    """The replicas of one run, (problem and level, chains), the lowest level of a problem first."""
 
     statistics: tuple[str, ...] = ("acceptance_rate", "swap_rate", "diverging")
     finishes = True
 
-    def __init__(
-        self,
-        options: ParallelTempering,
-        problem: DiffusionProblem,
-        chains: int,
-        generator: torch.Generator,
-        monitor: Monitor,
-    ) -> None:
-        self.options, self.problem, self.chains = options, problem, chains
-        self.generator, self.monitor = generator, monitor
-        self.target = NoisedTarget(problem, monitor.cost, options.chunk)
+    def __init__(self, options: ParallelTempering, side: SideBySide, chains: int, monitor: Monitor) -> None:
+        self.options, self.side, self.chains, self.monitor = options, side, chains, monitor
+        problem, problems, levels = side.first, len(side), options.levels
+        self.target = NoisedTarget(side, levels * chains, monitor.cost, options.chunk)
         prior = problem.prior
-        self.sigma = lowest_noise(problem, self.target.likelihood, options.sigma_min)
+        self.lowest = lowest_noise(self.target, options.sigma_min)
         top = min(WIDE * prior.data_std, prior.sigma_max) if options.sigma_max is None else options.sigma_max
-        if not self.sigma < top <= prior.sigma_max:
-            raise OptionError(
-                f"sigma_max={top:.4g} must lie above the lowest level {self.sigma:.4g} and not above the prior's own "
-                f"sigma_max={prior.sigma_max:.4g}"
-            )
-        note_likelihood(self.target, self.sigma, monitor)
+        for low in self.lowest:
+            if not low < top <= prior.sigma_max:
+                raise OptionError(
+                    f"sigma_max={top:.4g} must lie above the lowest level {low:.4g} and not above the prior's own "
+                    f"sigma_max={prior.sigma_max:.4g}"
+                )
+        note_likelihood(self.target, self.lowest, monitor)
         self.nodes = inner_nodes(options.nodes, self.target)
-        self.reverse = ReverseDiffusion(problem, options.solver, options.denoise_steps, options.chunk)
-        self.sigmas = log_grid(top, self.sigma, options.levels)[:-1].flip(0)
+        self.reverse = ReverseDiffusion(problem, options.solver, options.denoise_steps, side.chunk(options.chunk))
+        self.sigmas = torch.stack([log_grid(top, low, levels)[:-1].flip(0) for low in self.lowest])  # (problem, level)
         self.windows = windows(options.warmup) if options.warmup and options.adapt_levels else []
-        device, levels = problem.device, options.levels
+        device = problem.device
         eta = problem.shape.numel() ** (-1 / 3)
-        self.adapt = DualAveraging.start(torch.full((levels,), eta, dtype=torch.float64, device=device))
+        self.adapt = DualAveraging.start(torch.full((problems * levels,), eta, dtype=torch.float64, device=device))
         # Which replica stands at a level; whether it was at the top since it left the bottom; how often it came back.
-        self.who = torch.arange(levels, device=device)[:, None].expand(levels, chains).clone()
-        self.high = torch.zeros(levels, chains, dtype=torch.bool, device=device)
-        self.trips = torch.zeros(chains, dtype=torch.int64, device=device)
-        self.tried = torch.zeros(2, levels - 1, dtype=torch.float64, device=device)
-        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.who = torch.arange(levels, device=device)[:, None].expand(problems, levels, chains).clone()
+        self.high = torch.zeros(problems, levels, chains, dtype=torch.bool, device=device)
+        self.trips = torch.zeros(problems, chains, dtype=torch.int64, device=device)
+        self.tried = torch.zeros(2, problems, levels - 1, dtype=torch.float64, device=device)
+        self.error = torch.zeros(problems, dtype=torch.float64, device=device)
 
     def begin(self) -> None:
         """A prior's path down the ladder, one value at every level."""
-        prior, shape = self.problem.prior, self.problem.shape
-        self.target.at(self.sigmas, True)
-        noise = torch.randn(
-            (self.options.levels, self.chains, *shape),
-            generator=self.generator,
-            dtype=self.problem.dtype,
-            device=self.generator.device,
-        ).to(self.problem.device)
-        x = prior.start(noise[-1], float(self.sigmas[-1]))
+        prior, shape, levels = self.side.first.prior, self.side.first.shape, self.options.levels
+        self._enter()
+        noise = self.side.normal(levels, self.chains, *shape)  # (problem, level, chain, *shape)
+        wide = (-1, 1, *[1] * len(shape))
+        x = torch.stack([prior.start(n[-1], float(s[-1])) for n, s in zip(noise, self.sigmas, strict=True)])
         path = [x]
-        for level in range(self.options.levels - 1, 0, -1):
-            a, b = float(self.sigmas[level]), float(self.sigmas[level - 1])
-            keep = (b / a) ** 2
-            x = keep * x + (1 - keep) * self.reverse.denoise(x, self.sigmas[level])
-            x = x + b * math.sqrt(1 - keep) * noise[level - 1]
+        for level in range(levels - 1, 0, -1):
+            a, b = (s.to(x.device, x.dtype).reshape(wide) for s in (self.sigmas[:, level], self.sigmas[:, level - 1]))
+            keep = (b / a).square()
+            own = torch.arange(len(self.side), device=x.device).repeat_interleave(self.chains) * levels + level
+            x = keep * x + (1 - keep) * self.target.denoise(x.flatten(0, 1), own).reshape(x.shape)
+            x = x + b * (1 - keep).sqrt() * noise[:, level - 1]
             path.append(x)
-        self.replicas = Replicas(self.target, torch.stack(path[::-1]), self.nodes)
+        self.replicas = Replicas(self.target, torch.stack(path[::-1], 1).flatten(0, 1), self.nodes)
+
+    def _enter(self) -> None:
+        """Take the levels as they are."""
+        self.target.at(self.sigmas.flatten(), True)
 
     def advance(self, step: int) -> dict[str, Tensor]:
         """Langevin steps of all replicas, then swaps of the even or of the odd pairs."""
         warming = step < self.options.warmup
-        accept = self.replicas.x.new_zeros(self.chains)
+        accept = self.replicas.x.new_zeros(len(self.side), self.chains)
         diverging = torch.zeros_like(accept)
         for _ in range(self.options.steps):
-            moved = self.replicas.step(self.adapt.log_step.exp(), self.generator)
-            accept += moved.accept[0] / self.options.steps
-            diverging += moved.diverging.any(0) / self.options.steps
+            moved = self.replicas.step(self.adapt.log_step.exp(), self.side.streams)
+            accept += self._by_problem(moved.accept)[:, 0] / self.options.steps
+            diverging += self._by_problem(moved.diverging).any(1) / self.options.steps
             if warming:
                 self.adapt.update(moved.accept.mean(1).double(), self.options.target_accept)
         swapped = self._swap(step % 2)
@@ -205,20 +199,24 @@ class _Tempered:
                 self.adapt.log_step = self.adapt.log_average
                 self.tried.zero_()
                 self.trips.zero_()
-        return {"acceptance_rate": accept, "swap_rate": swapped, "diverging": diverging}
+        return {"acceptance_rate": accept.flatten(), "swap_rate": swapped.flatten(), "diverging": diverging.flatten()}
+
+    def _by_problem(self, of_level: Tensor) -> Tensor:
+        """(problem and level, ...) -> (problem, level, ...)."""
+        return of_level.reshape(len(self.side), self.options.levels, *of_level.shape[1:])
 
     def _swap(self, first: int) -> Tensor:
         """Swap levels (first, first + 1), (first + 2, first + 3), ...; the mean acceptance of each chain."""
-        r, target = self.replicas, self.target
-        low = torch.arange(first, self.options.levels - 1, 2, device=r.x.device)
-        uniform = torch.rand(
-            (len(low), self.chains), generator=self.generator, dtype=r.x.dtype, device=self.generator.device
-        ).to(r.x.device)
-        if not len(low):
-            return r.x.new_ones(self.chains)
+        r, target, problems, chains = self.replicas, self.target, len(self.side), self.chains
+        below = torch.arange(first, self.options.levels - 1, 2, device=r.x.device)
+        uniform = self.side.uniform(len(below), chains)
+        if not len(below):
+            return r.x.new_ones(problems, chains)
+        ladders = self.options.levels * torch.arange(problems, device=r.x.device)[:, None]
+        low = (ladders + below).flatten()
         pair = torch.cat([low, low + 1])  # levels, and below the levels whose values come to them
         other = torch.cat([low + 1, low])
-        level = pair.repeat_interleave(self.chains)
+        level = pair.repeat_interleave(chains)
         here, there = r.x[pair].flatten(0, 1), r.x[other].flatten(0, 1)
         if r.rule is None:
             log_prior = target.log_prior(there, level)
@@ -230,16 +228,17 @@ class _Tempered:
                 lambda x, lane: target.score(x, level[lane]), here, there, ends, self.options.tolerance
             )
             ratio, log_prior = estimate.value, torch.zeros_like(estimate.value)
-            self.error = torch.maximum(self.error, estimate.stderr.max().double())
+            error = estimate.stderr.reshape(2, problems, -1).amax((0, 2)).double()
+            self.error = torch.maximum(self.error, error)
         raw_here, raw_there = ({n: v[at].flatten(0, 1) for n, v in r.raw.items()} for at in (pair, other))
         new, old = (target.likelihood.value(raw, level) for raw in (raw_there, raw_here))
-        delta = (ratio + gain(new, old)).reshape(2, len(low), self.chains).sum(0)
+        delta = (ratio + gain(new, old)).reshape(2, problems, len(below), chains).sum(0)
         accept = torch.where(delta.isnan(), 0.0, delta.clamp(max=0.0).exp())
         keep = uniform < accept
-        self.tried[0, low] += accept.sum(1).double()
-        self.tried[1, low] += self.chains
+        self.tried[0, :, below] += accept.sum(2).double()
+        self.tried[1, :, below] += chains
 
-        both = torch.cat([keep, keep])
+        both = keep.flatten(0, 1).repeat(2, 1)
         if r.rule is None:
             score = r.score[pair].flatten(0, 1)
             moved = both.flatten().nonzero()[:, 0]
@@ -247,7 +246,7 @@ class _Tempered:
                 score[moved] = target.score(there[moved], level[moved])
         else:
             score = ends[1]
-        size = (len(pair), self.chains)
+        size = (len(pair), chains)
         mask = torch.zeros(r.x.shape[:2], dtype=torch.bool, device=r.x.device)
         mask[pair] = both
 
@@ -263,45 +262,49 @@ class _Tempered:
             {n: whole(v, r.raw[n]) for n, v in raw_there.items()},
             whole(log_prior, r.log_prior),
         )
-        self.who[pair] = torch.where(both, self.who[other], self.who[pair])
+        who = self.who.flatten(0, 1)
+        self.who = self._by_problem(who.index_copy(0, pair, torch.where(both, who[other], who[pair])))
         self._count_trips()
-        return accept.mean(0)
+        return accept.mean(1)
 
     def _count_trips(self) -> None:
         """A round trip is from the bottom to the top and back."""
-        chain = torch.arange(self.chains, device=self.who.device)
-        self.high[self.who[-1], chain] = True
-        bottom = self.who[0]
-        self.trips += self.high[bottom, chain]
-        self.high[bottom, chain] = False
+        self.high.scatter_(1, self.who[:, -1:], True)
+        bottom = self.who[:, :1]
+        self.trips += self.high.gather(1, bottom)[:, 0]
+        self.high.scatter_(1, bottom, False)
 
     def _move_levels(self) -> None:
-        """Levels at equal shares of the total rejection, interpolated in log s; the ends stay."""
+        """Levels of every problem at equal shares of its total rejection, interpolated in log s; the ends stay."""
         rejected = 1 - (self.tried[0] / self.tried[1].clamp(min=1.0)).cpu()
-        # Never an empty stretch: a pair that always swaps still keeps some of the ladder.
-        passed = torch.cat([torch.zeros(1, dtype=torch.float64), (rejected + 0.02).cumsum(0)])
-        wanted = torch.linspace(0, float(passed[-1]), self.options.levels, dtype=torch.float64)
-        before = self.sigmas.log()
-        at = torch.searchsorted(passed, wanted[1:-1]).clamp(1, self.options.levels - 1)
-        share = (wanted[1:-1] - passed[at - 1]) / (passed[at] - passed[at - 1])
-        inner = (before[at - 1] + share * (before[at] - before[at - 1])).exp()
-        self.sigmas = torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]])
-        self.target.at(self.sigmas, True)
+        self.sigmas = torch.stack([self._moved(s, lost) for s, lost in zip(self.sigmas, rejected, strict=True)])
+        self._enter()
         self.replicas.evaluate()
         self.adapt = DualAveraging.start(self.adapt.log_step.exp())
         self.tried.zero_()
 
+    def _moved(self, sigmas: Tensor, rejected: Tensor) -> Tensor:
+        """The levels (levels,) of one problem, given the rejection of each pair (levels - 1,)."""
+        # Never an empty stretch: a pair that always swaps still keeps some of the ladder.
+        passed = torch.cat([torch.zeros(1, dtype=torch.float64), (rejected + 0.02).cumsum(0)])
+        wanted = torch.linspace(0, float(passed[-1]), self.options.levels, dtype=torch.float64)
+        before = sigmas.log()
+        at = torch.searchsorted(passed, wanted[1:-1]).clamp(1, self.options.levels - 1)
+        share = (wanted[1:-1] - passed[at - 1]) / (passed[at] - passed[at - 1])
+        inner = (before[at - 1] + share * (before[at] - before[at - 1])).exp()
+        return torch.cat([sigmas[:1], inner, sigmas[-1:]])
+
     def value(self) -> Tensor:
         """x at the lowest level."""
-        return self.replicas.x[0]
+        return self._by_problem(self.replicas.x)[:, 0].flatten(0, 1)
 
     def finish(self, x: Tensor) -> Tensor:
         """x_0 given x at the lowest level."""
-        return self.reverse(x, self.sigma, self.generator)
+        return self.reverse(x, self.lowest, self.side.streams)
 
     def lost(self) -> Tensor:
         """None: the test refuses what is not finite."""
-        return torch.zeros(self.chains, dtype=torch.bool, device=self.problem.device)
+        return torch.zeros(len(self.side) * self.chains, dtype=torch.bool, device=self.side.first.device)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next round needs."""
@@ -313,29 +316,33 @@ class _Tempered:
         """Go on from `state()`."""
         for name in ("sigmas", "who", "high", "trips", "tried", "error"):
             setattr(self, name, state[name])
-        self.target.at(self.sigmas, True)
+        self._enter()
         inner = {n.removeprefix("replicas."): v for n, v in state.items() if n.startswith("replicas.")}
         self.replicas = Replicas.resumed(self.target, inner, self.nodes)
         self.adapt = DualAveraging.resumed(state)
 
-    def summary(self) -> dict[str, Tensor]:
+    def summary(self, index: int) -> dict[str, Tensor]:
         """Levels, step sizes, swaps of every pair, round trips of every chain, and the error of line integrals."""
-        rates = self.tried[0] / self.tried[1].clamp(min=1.0)
-        seldom = ((rates < RARE) & (self.tried[1] > 0)).nonzero()[:, 0].tolist()
+        tried, sigmas, error = self.tried[:, index], self.sigmas[index], self.error[index]
+        rates = tried[0] / tried[1].clamp(min=1.0)
+        seldom = ((rates < RARE) & (tried[1] > 0)).nonzero()[:, 0].tolist()
         if seldom:
-            at = float(self.sigmas[seldom[0]])
-            self.monitor.note(
+            self.side.note(
+                self.monitor,
+                index,
                 f"{len(seldom)} of {len(rates)} pairs of levels swap less than {RARE:.0%} of the time, the lowest of "
-                f"them from s={at:.3g}: take more levels"
+                f"them from s={float(sigmas[seldom[0]]):.3g}: take more levels",
             )
-        if float(self.error) > 10 * self.options.tolerance:
-            self.monitor.note(
-                f"a swap's line integral may be off by {float(self.error):.2g} nats: the score is not smooth there"
+        if float(error) > 10 * self.options.tolerance:
+            self.side.note(
+                self.monitor,
+                index,
+                f"a swap's line integral may be off by {float(error):.2g} nats: the score is not smooth there",
             )
         return {
-            "sigmas": self.sigmas,
-            "step_size": self.adapt.log_step.exp(),
+            "sigmas": sigmas,
+            "step_size": self._by_problem(self.adapt.log_step.exp())[index],
             "swap_acceptance": rates,
-            "round_trips": self.trips,
-            "line_error": self.error,
+            "round_trips": self.trips[index],
+            "line_error": error,
         }

@@ -21,7 +21,7 @@ from sde import DiffusionPrior, DPMSolver2MSDE, GaussianMixture, VariancePreserv
 
 F64 = torch.float64
 GRID = VariancePreserving()
-DRAWS, CHAINS, SEED = 3, 2, 5
+DRAWS, CHAINS_EACH, SEED = 3, 2, 5
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -76,6 +76,11 @@ def counts() -> ppl.Program:
     return ppl.Program(model, ys[0]).over(y=ys)
 
 
+def network() -> DiffusionPrior:
+    """The same prior, of which only the denoiser is known."""
+    return DiffusionPrior(PRIOR.denoise, (4,), sigma_min=0.05, sigma_max=5.0, data_std=PRIOR.data_std, dtype=F64)
+
+
 PROGRAMS: dict[str, Callable[..., ppl.Program]] = {
     "data": linear,
     "noise": noisy,
@@ -105,6 +110,13 @@ BACKENDS: dict[str, Callable[[], Any]] = {
     "REDDiff low rank": lambda: inverse.REDDiff(
         steps=6, scale="likelihood", covariance="low_rank", rank=2, schedule=GRID
     ),
+    "DiffusionPCN": lambda: inverse.DiffusionPCN(steps=3, warmup=6, jump=0.3),
+    "AnnealedLangevin": lambda: inverse.AnnealedLangevin(levels=3, steps=2, warmup=30, thin=1),
+    "AnnealedLangevin plain": lambda: inverse.AnnealedLangevin(levels=3, steps=2, warmup=4, thin=1, metropolis=False),
+    "ParallelTempering": lambda: inverse.ParallelTempering(levels=4, warmup=25),
+    "SplitGibbs": lambda: inverse.SplitGibbs(steps=2, warmup=40, decay=0.8),  # passes 1 / ||B|| problem by problem
+    "PnPDM": lambda: inverse.PnPDM(steps=3, warmup=4),
+    "PnPDM chain": lambda: inverse.PnPDM(steps=3, warmup=4, inner="mala", inner_steps=3),
     "TwistedSMC": lambda: inverse.TwistedSMC(steps=5, particles=6, runs=3),
     "TwistedSMC led": lambda: inverse.TwistedSMC(steps=5, particles=6, runs=3, threshold=1.0, guide=PiGDMGuide()),
     "MCGdiff": lambda: inverse.MCGdiff(steps=5, particles=6, runs=3),
@@ -115,7 +127,9 @@ BACKENDS: dict[str, Callable[[], Any]] = {
 SPECTRAL = ("MCGdiff", "FPSSMC", "DDSMC", "DDSMC flow")
 PARTICLES = ("TwistedSMC", "TwistedSMC led", *SPECTRAL)
 
-NEED_GAUSSIAN = ("PiGDM", "MomentMatching", "DDRM", "DDNM", "DiffPIR", *PARTICLES)
+UNEVEN = (*PARTICLES, "ParallelTempering")
+
+NEED_GAUSSIAN = ("PiGDM", "MomentMatching", "DDRM", "DDNM", "DiffPIR", "SplitGibbs", *PARTICLES)
 UNLIKE_LEVELS = {(b, p) for b in ("TwistedSMC led", *SPECTRAL) for p in ("noise", "matrices")}
 CASES = [
     (backend, program)
@@ -128,12 +142,12 @@ CASES = [
 
 
 def solve(program: ppl.Program, backend: Any, **options: Any) -> ppl.Posterior:
-    return ppl.infer(program, backend, DRAWS, CHAINS, SEED, **options)
+    return ppl.infer(program, backend, DRAWS, CHAINS_EACH, SEED, **options)
 
 
 def alone(program: ppl.Program, backend: Any, posterior: ppl.Posterior, i: int) -> ppl.Posterior:
     """Problem i by itself, by the rule of the seeds."""
-    return ppl.infer(program.problem(i), backend, DRAWS, CHAINS, posterior.attrs["problem_seeds"][i])
+    return ppl.infer(program.problem(i), backend, DRAWS, CHAINS_EACH, posterior.attrs["problem_seeds"][i])
 
 
 def in_batch(posterior: ppl.Posterior) -> bool:
@@ -158,9 +172,9 @@ def test_a_problem_has_the_draws_it_has_alone(backend: str, program: str) -> Non
     costs = [single.cost for single in singles]
     for name in ("denoiser_evals", "vjps", "likelihood_evals"):
         assert getattr(posterior.cost, name) == sum(getattr(cost, name) for cost in costs), name
-    if backend not in PARTICLES:
+    if backend not in UNEVEN:
         assert posterior.cost.denoiser_calls == max(cost.denoiser_calls for cost in costs)
-    else:  # runs beyond the first are those of the problems that want them
+    else:  # runs beyond the first are those of the problems that want them; a swap is looked at where it was accepted
         assert posterior.cost.denoiser_calls < sum(cost.denoiser_calls for cost in costs)
 
 
@@ -168,8 +182,7 @@ def test_a_problem_has_the_draws_it_has_alone(backend: str, program: str) -> Non
 @pytest.mark.parametrize("program", ["noise", "matrices"])
 def test_particles_of_a_network_may_see_operators_and_noise_of_their_own(name: str, program: str) -> None:
     """A network knows one lowest level, whatever the data resolve, so that singular values may differ."""
-    prior = DiffusionPrior(PRIOR.denoise, (4,), sigma_min=0.05, sigma_max=5.0, data_std=PRIOR.data_std, dtype=F64)
-    many, engine = PROGRAMS[program](prior), BACKENDS[name]()
+    many, engine = PROGRAMS[program](network()), BACKENDS[name]()
     posterior = solve(many, engine)
     assert in_batch(posterior)
     for i in range(3):
@@ -179,7 +192,47 @@ def test_particles_of_a_network_may_see_operators_and_noise_of_their_own(name: s
             torch.testing.assert_close(many_part[i], part, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["DPS likelihood", "PiGDM", "DDNM", "DiffPIR", "REDDiff likelihood", "TwistedSMC led"])
+@pytest.mark.parametrize("name", ["DiffusionPCN", "AnnealedLangevin", "ParallelTempering", "SplitGibbs", "PnPDM"])
+@pytest.mark.parametrize("program", ["noise", "matrices"])
+def test_chains_of_a_network_walk_side_by_side(name: str, program: str) -> None:
+    """Levels of their own, scores along lines, solvers with a history; one row fewer of a swap changes no other."""
+    many, engine = PROGRAMS[program](network()), BACKENDS[name]()
+    posterior = solve(many, engine)
+    assert in_batch(posterior)
+    singles = [alone(many, engine, posterior, i) for i in range(3)]
+    for i, single in enumerate(singles):
+        torch.testing.assert_close(posterior["x"][i], single["x"], rtol=1e-9, atol=1e-9)
+    assert posterior.cost.denoiser_evals == sum(single.cost.denoiser_evals for single in singles)
+    assert posterior.cost.denoiser_calls < 0.7 * sum(single.cost.denoiser_calls for single in singles)
+
+
+CHAINS = ("DiffusionPCN", "AnnealedLangevin", "ParallelTempering", "SplitGibbs", "PnPDM", "PnPDM chain")
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_go_in_groups_of_problems(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    many, engine = linear(), BACKENDS[name]()
+    whole = solve(many, engine)
+    monkeypatch.setattr("inverse.many.LANES", {"cpu": 2 * CHAINS_EACH})
+    parts = solve(many, engine)
+    torch.testing.assert_close(parts["x"], whole["x"], rtol=1e-9, atol=1e-9)
+    assert parts.cost.denoiser_calls > whole.cost.denoiser_calls
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPS likelihood",
+        "PiGDM",
+        "DDNM",
+        "DiffPIR",
+        "REDDiff likelihood",
+        "TwistedSMC led",
+        "DiffusionPCN",
+        "AnnealedLangevin",
+        "ParallelTempering",
+    ],
+)
 def test_masks_may_see_unlike_numbers_of_entries(name: str) -> None:
     many, engine = masked([1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]), BACKENDS[name]()
     posterior = solve(many, engine)
@@ -215,6 +268,11 @@ def test_particles_go_in_groups_of_problems(chunk: int) -> None:
             lambda: masked([1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]),
             "unlike num",
         ),
+        (
+            lambda: inverse.SplitGibbs(steps=2, warmup=2),
+            lambda: masked([1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]),
+            "unlike num",
+        ),
         (lambda: inverse.GuidedSampler(LGDGuide(), DPMSolver2MSDE(), steps=3), linear, "LGDGuide takes one"),
         (lambda: inverse.TwistedSMC(steps=4, particles=6, runs=1, moves=1), linear, "moves after a resampling"),
     ],
@@ -228,7 +286,7 @@ def test_problems_too_unlike_run_in_turn_and_say_so(
     torch.testing.assert_close(posterior["x"][2], alone(many, engine, posterior, 2)["x"], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["PiGDM", "DiffPIR", "TwistedSMC led"])
+@pytest.mark.parametrize("name", ["PiGDM", "DiffPIR", "TwistedSMC led", "SplitGibbs", "PnPDM"])
 def test_a_problem_that_fails_leaves_the_others(name: str) -> None:
     """Data of 1e200 overflow; the draws of the others are what they are alone."""
     good, engine = linear(), BACKENDS[name]()
@@ -253,7 +311,7 @@ def test_problems_in_turn_fail_one_by_one_too() -> None:
         solve(linear(torch.full((2, 2), 1e200, dtype=F64)), BACKENDS["PiGDM"]())
 
 
-@pytest.mark.parametrize("name", ["PiGDM", "REDDiff", "TwistedSMC", "TwistedSMC led"])
+@pytest.mark.parametrize("name", ["PiGDM", "REDDiff", "TwistedSMC", "TwistedSMC led", *CHAINS])
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
 def test_stopped_and_called_again_it_goes_on_to_the_same_draws(name: str, part: float, tmp_path: Path) -> None:
     many, engine = linear(), BACKENDS[name]()

@@ -20,6 +20,7 @@ import ppl
 from inverse import PnPDM, SplitGibbs
 from inverse.operators import FunctionOperator
 from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from ppl import Program
 from ppl.backend import registered
 from ppl.diagnostics.ess import ess_of, z_bound
@@ -81,11 +82,11 @@ class Unit:
 @torch.no_grad()
 def stationary(backend: SplitGibbs | PnPDM, problem: DiffusionProblem) -> tuple[Tensor, Tensor]:
     """Exact stationary mean and covariance of the sweep at the final coupling."""
-    splitting, counting = backend.splitting(problem), Counting()
+    splitting, counting = backend.splitting(SideBySide.alone(problem)), Counting()
     starts = torch.cat([torch.zeros(1, 4, dtype=F64), torch.eye(4, dtype=F64)])
-    still, _ = splitting.sweep(starts, splitting.rho, counting)
+    still, _ = splitting.sweep(starts, splitting.rhos, counting)
     f, F = still[0], (still[1:] - still[0]).T
-    moved, _ = splitting.sweep(torch.zeros(counting.size, 4, dtype=F64), splitting.rho, Unit(counting.size))
+    moved, _ = splitting.sweep(torch.zeros(counting.size, 4, dtype=F64), splitting.rhos, Unit(counting.size))
     G = (moved - f).T
     assert float(torch.linalg.eigvals(F).abs().max()) < 1
     eye = torch.eye(16, dtype=F64)
@@ -207,8 +208,8 @@ def test_metropolis_leaves_the_conditional_of_z_alone() -> None:
     """
     problem = DiffusionProblem.of(program_of(gaussian()))
     lanes, rho = 20_000, 0.5
-    closed = PnPDM(rho=rho, inner="closed").splitting(problem)
-    chain = PnPDM(rho=rho, inner="mala", inner_steps=3, step_size=0.05).splitting(problem)
+    closed = PnPDM(rho=rho, inner="closed").splitting(SideBySide.alone(problem))
+    chain = PnPDM(rho=rho, inner="mala", inner_steps=3, step_size=0.05).splitting(SideBySide.alone(problem))
 
     class Normal:
         generator = seeded(7)
@@ -221,8 +222,8 @@ def test_metropolis_leaves_the_conditional_of_z_alone() -> None:
     V = torch.linalg.inv(B.T @ B + torch.eye(4, dtype=F64) / rho**2)
     mean = V @ (B.T @ d + x[0] / rho**2)
     with torch.no_grad():
-        z, _ = closed.split(x, rho, Normal())
-        moved, accepted = chain.walk(z, x, rho, Normal())
+        z, _ = closed.split(x, [rho], Normal())
+        moved, accepted = chain.walk(z, x, [rho], Normal())
     for found in (z, moved):
         z_mean = (found.mean(0) - mean) / (V.diagonal() / lanes).sqrt()
         z_var = ((found - mean).square().mean(0) / V.diagonal() - 1) * math.sqrt(lanes / 2)

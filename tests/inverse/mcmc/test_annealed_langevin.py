@@ -18,6 +18,7 @@ from inverse.mcmc.mala import Replicas
 from inverse.mcmc.noised_target import NoisedTarget, lowest_noise
 from inverse.mcmc.reverse import ReverseDiffusion
 from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from models.references import gaussian_problem
 from ppl.cost import Cost
 from ppl.diagnostics import ess_of, z_bound
@@ -30,7 +31,7 @@ F64 = torch.float64
 @torch.no_grad()
 def after_steps(problem: Any, levels: list[float], final: bool, nodes: int | None, eta: float, n: int) -> Any:
     """Replicas that start from exact draws of every level and make eight steps, with the acceptance of the last."""
-    target = NoisedTarget(DiffusionProblem.of(problem.program), Cost(), None)
+    target = NoisedTarget(SideBySide.alone(DiffusionProblem.of(problem.program)), 1, Cost(), None)
     target.at(torch.tensor(levels, dtype=F64), final)
     laws = [at_level(problem, s, final and i == 0) for i, s in enumerate(levels)]
     replicas = Replicas(target, torch.stack([law.draw((n,), seeded(10 + i)) for i, law in enumerate(laws)]), nodes)
@@ -56,7 +57,7 @@ def test_steps_keep_the_exact_law_of_their_level(nodes: int | None) -> None:
 def test_steps_that_are_not_tested_do_not_keep_it() -> None:
     """The check itself: the bias of plain Langevin steps is seen."""
     problem = problem_of(mixture())
-    target = NoisedTarget(DiffusionProblem.of(problem.program), Cost(), None)
+    target = NoisedTarget(SideBySide.alone(DiffusionProblem.of(problem.program)), 1, Cost(), None)
     target.at(torch.tensor([0.3], dtype=F64), True)
     law = at_level(problem, 0.3, True)
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_a_step_costs_one_call_and_no_point_twice() -> None:
     for nodes, rows in ((None, 1), (2, 3)):
         diffusion, cost = DiffusionProblem.of(problem.program), Cost()
         with torch.no_grad(), diffusion.counting(cost):
-            target = NoisedTarget(diffusion, cost, None)
+            target = NoisedTarget(SideBySide.alone(diffusion), 1, cost, None)
             target.at(torch.tensor([0.3, 1.0], dtype=F64), True)
             replicas = Replicas(target, torch.zeros(2, 5, 2, dtype=F64), nodes)
             for _ in range(4):
@@ -211,7 +212,7 @@ def test_levels_that_do_not_suit_the_data() -> None:
     with pytest.raises(OptionError, match="TwistedSMC"):
         ppl.infer(program, AnnealedLangevin(), draws=2)
     problem = DiffusionProblem.of(exact.program)
-    found = lowest_noise(problem, NoisedTarget(problem, Cost(), None).likelihood, None)
+    (found,) = lowest_noise(NoisedTarget(SideBySide.alone(problem), 1, Cost(), None), None)
     norm = float(torch.linalg.matrix_norm(exact.matrix, 2)) / exact.sigma
     assert found == pytest.approx(min(0.7 / norm, 0.2 * exact.prior.data_std))
 

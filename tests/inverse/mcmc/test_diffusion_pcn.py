@@ -15,6 +15,7 @@ import ppl
 from inverse import DiffusionPCN
 from inverse.mcmc.diffusion_pcn import _Returning
 from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from models.references import ExactProblem
 from ppl.diagnostics import ess_of, z_bound
 from ppl.errors import OptionError
@@ -35,7 +36,7 @@ def gaussian() -> GaussianMixture:
 def after_moves(problem: ExactProblem, lanes: int, moves: int, **options: Any) -> tuple[Tensor, Tensor]:
     """Independent chains from the exact posterior after some moves, and the acceptance of the last."""
     backend = DiffusionPCN(warmup=0, **options)
-    walk = _Returning(backend, DiffusionProblem.of(problem.program), lanes, seeded(1), Monitor())
+    walk = _Returning(backend, SideBySide.alone(DiffusionProblem.of(problem.program), seeded(1)), lanes, Monitor())
     walk.x = problem.posterior.draw((lanes,), seeded(2))
     walk.value_of_x = walk._log_likelihood(walk.x)
     for step in range(moves):

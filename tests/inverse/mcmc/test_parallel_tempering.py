@@ -17,6 +17,7 @@ from inverse import ParallelTempering
 from inverse.mcmc.mala import Replicas
 from inverse.mcmc.parallel_tempering import _Tempered
 from inverse.problem import DiffusionProblem
+from inverse.side_by_side import SideBySide
 from models.references import ExactProblem
 from ppl.errors import OptionError
 from ppl.monitor import Monitor
@@ -42,9 +43,9 @@ def after_rounds(problem: ExactProblem, nodes: int | None, chains: int, rounds: 
     """All levels from their exact laws, then rounds as after warmup."""
     backend = ParallelTempering(levels=4, warmup=0, nodes=nodes, sigma_min=0.3, sigma_max=4.0, **options)
     diffusion, monitor = DiffusionProblem.of(problem.program), Monitor()
-    walk = _Tempered(backend, diffusion, chains, seeded(1), monitor)
-    walk.target.at(walk.sigmas, True)
-    laws = [at_level(problem, float(s), i == 0) for i, s in enumerate(walk.sigmas)]
+    walk = _Tempered(backend, SideBySide.alone(diffusion, seeded(1)), chains, monitor)
+    walk.target.at(walk.sigmas[0], True)
+    laws = [at_level(problem, float(s), i == 0) for i, s in enumerate(walk.sigmas[0])]
     start = torch.stack([law.draw((chains,), seeded(10 + i)) for i, law in enumerate(laws)])
     walk.replicas = Replicas(walk.target, start, walk.nodes)
     for step in range(rounds):
@@ -60,10 +61,10 @@ def test_rounds_keep_the_law_of_every_level(nodes: int | None, chains: int) -> N
     """
     problem = problem_of(mixture())
     walk = after_rounds(problem, nodes, chains, 6)
-    rates = walk.tried[0] / walk.tried[1]
+    rates = walk.tried[0, 0] / walk.tried[1, 0]
     assert (rates > 0.1).all()
     assert (rates < 0.9).all()
-    for i, s in enumerate(walk.sigmas.tolist()):
+    for i, s in enumerate(walk.sigmas[0].tolist()):
         assert worst(walk.replicas.x[i], at_level(problem, s, i == 0), 1e-4) < 1
 
 
@@ -77,8 +78,8 @@ def test_what_is_kept_of_a_state_belongs_to_it() -> None:
         torch.testing.assert_close(r.score, fresh.score)
         torch.testing.assert_close(r.raw["seen"], fresh.raw["seen"])
         torch.testing.assert_close(r.log_prior, fresh.log_prior)
-        assert (walk.who.sort(0).values == torch.arange(4)[:, None]).all()
-        assert not torch.equal(walk.who, torch.arange(4)[:, None].expand(4, 50))
+        assert (walk.who[0].sort(0).values == torch.arange(4)[:, None]).all()
+        assert not torch.equal(walk.who[0], torch.arange(4)[:, None].expand(4, 50))
 
 
 def test_separated_modes_keep_their_weights() -> None:
