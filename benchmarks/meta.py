@@ -261,7 +261,7 @@ def class_learners(part: str, budget: Budget) -> dict[str, Callable[[EpisodeSour
         options = NIWMeta(Fisher(5, 1), update="natural", expectation="quadratic", delay=100.0, **common)
         fitted = options.fit(Hierarchy(network, law, prior), source, **seed)
         how = ClosedForm(Fisher(30))
-        cold = cooled(fitted, source(64, seeded(77)), how)
+        cold = cooled(fitted, source(64, seeded(77)), how, draws=20)
         print(f"<!-- temperature {cold:g} -->", flush=True)
 
         def predict(temperature: float) -> Predict:

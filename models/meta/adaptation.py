@@ -3,6 +3,7 @@
 published:    minimise over v = N(m, V):   E_v l(theta) + KL(v || N(m_0, Sigma*)),   Sigma* the mode of q(phi)
 closed form:  v = N(m_i, V_i) as in training, around P = E[Sigma^-1]
 p(y | x, D) = 1/S sum_s p(y | x, theta^s),   theta^s ~ v
+linearised about theta*, normal noise:   y | x, D ~ N(f(x) + J(x) (m_i - theta*), J(x) V_i J(x)' + sigma^2)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
@@ -19,6 +21,7 @@ from torch.func import jvp, vmap
 from models.meta.episodes import Episodes, Points
 from models.meta.fitted_meta import FittedMeta
 from models.meta.local import LocalFit, LocalNormal, close
+from models.meta.network import Gaussian
 from models.meta.niw_math import NormalInverseGamma
 from models.meta.predictive import Predictive
 from ppl.errors import OptionError
@@ -27,6 +30,8 @@ from ppl.vi.ascent import adam
 
 __all__ = ["TEMPERATURES", "Adaptation", "Adapted", "ClosedForm", "Variational", "adapt", "cooled"]
 
+DRAWS = 100
+DERIVATIVES_AT_ONCE = 2**24  # numbers
 TEMPERATURES = (0.0, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -128,7 +133,7 @@ class Adapted:
     def predict(
         self,
         x: Tensor,
-        draws: int = 100,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
         linearised: bool = False,
         temperature: float = 1.0,
@@ -137,7 +142,8 @@ class Adapted:
 
         Args:
             x: (b, points, *x).
-            draws: S of theta.
+            draws: S of theta. None for 100 of them, or for none where the law is known: linearised, with normal noise.
+                There draws only add to its error, most where the noise is small beside what is not known of theta.
             generator: of the draws; seed 0 when None.
             linearised: take the network as linear about the point where a Gauss-Newton fit did, or about m_i after any
                 other: the model that the posterior is exact for, however far its draws go.
@@ -150,20 +156,21 @@ class Adapted:
         Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred]; of cold posteriors, Wenzel, Roth,
         Veeling et al. (2020) [inferred].
         """
-        if draws < 1:
-            raise OptionError(f"draws must be at least 1, got {draws}")
+        if draws is not None and draws < 1:
+            raise OptionError(f"draws must be at least 1, or None, got {draws}")
         if not 0 <= temperature < math.inf:
             raise OptionError(f"temperature must be finite and at least 0, got {temperature!r}")
         generator = generator or torch.Generator(x.device).manual_seed(0)
         network = self.fitted.hierarchy.network
+        point = self.local.mean if self.local.point is None else self.local.point
         with torch.no_grad():
+            if linearised and draws is None and isinstance(self.fitted.hierarchy.likelihood, Gaussian):
+                return self._normal(point, x, temperature)
             theta = self.local.mean[None]
             if temperature > 0:
-                theta = theta + math.sqrt(temperature) * (self.local.draw(draws, generator) - theta)
-            draws = len(theta)
+                theta = theta + math.sqrt(temperature) * (self.local.draw(draws or DRAWS, generator) - theta)
             if not linearised:
-                return self._law(network(theta, x.expand(draws, *x.shape)))
-            point = self.local.mean if self.local.point is None else self.local.point
+                return self._law(network(theta, x.expand(len(theta), *x.shape)))
             off = theta - point
 
             def along(at: Tensor, x: Tensor, off: Tensor) -> Tensor:
@@ -174,6 +181,18 @@ class Adapted:
 
             over = vmap(along)
             return self._law(vmap(lambda v: over(point, x, v))(off))
+
+    def _normal(self, point: Tensor, x: Tensor, temperature: float) -> Predictive:
+        """The linearised law of targets with normal noise, without draws."""
+        network, off = self.fitted.hierarchy.network, self.local.mean - point
+        means, variances = [], []
+        for part in x.split(max(1, DERIVATIVES_AT_ONCE // point.numel()), 1):
+            rows = network.jacobian(point, part)
+            means.append(network(point, part) + torch.einsum("bpkd,bd->bpk", rows, off))
+            variances.append(self.local.spread(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]))
+        noise = self._law(torch.cat(means, 1)[None]).law
+        spread = (temperature * torch.cat(variances, 1)[None, ..., 0] + noise.variance).sqrt()
+        return Predictive(dist.Normal(noise.mean, spread))
 
     def _law(self, outputs: Tensor) -> Predictive:
         return Predictive(self.fitted.hierarchy.likelihood.law(outputs, self.fitted.sigma))
@@ -204,7 +223,7 @@ def cooled(
     episodes: Episodes,
     how: Adaptation | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
-    draws: int = 20,
+    draws: int | None = None,
     linearised: bool = False,
 ) -> float:
     """The temperature whose predictions give the queries of episodes the highest likelihood.

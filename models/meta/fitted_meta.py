@@ -71,7 +71,7 @@ class FittedMeta:
         self,
         episodes: Episodes,
         how: Adaptation | None = None,
-        draws: int = 100,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
         linearised: bool = False,
         temperature: float = 1.0,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
 
 from models.meta.episodes import Points
 from models.meta.local import Quadratic, close, curvature_of, multiplied, start_at
@@ -82,13 +81,7 @@ class GaussNewton:
         """The form at theta (b, d)."""
         network = hierarchy.network
         outputs = network(theta, points.x)
-
-        def alone(theta: Tensor, x: Tensor) -> Tensor:
-            return network.one(theta, x[None])[0]
-
-        # Point by point: a derivative through all points at once would cost as many times more.
-        each = vmap(vmap(jacrev(alone), (None, 0)))(theta, points.x)
-        jacobian = each.reshape(*outputs.shape[:2], -1, network.dim)
+        jacobian = network.jacobian(theta, points.x)
         slope, half = curvature_of(hierarchy, outputs, points, sigma)
         root = (half.mT @ jacobian).flatten(1, 2)
         grad = torch.einsum("bpkd,bpk->bd", jacobian, slope)

@@ -57,6 +57,8 @@ class GlobalAscent:
             raw["log_df"] = (prior.df - self._least()).log()
         self.shapes = {name: value.shape for name, value in raw.items()}
         self.theta = torch.cat([value.reshape(-1) for value in raw.values()])
+        rates = {"scale": options.lr if options.scale_lr is None else options.scale_lr}
+        self.rates = torch.cat([value.new_full((value.numel(),), rates.get(n, options.lr)) for n, value in raw.items()])
         self.m, self.v = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.updates = torch.zeros((), dtype=torch.int64)
         self.average = torch.zeros_like(self.theta)
@@ -114,7 +116,7 @@ class GlobalAscent:
             monitor.check_finite("gradient of the global law", gradient, step)
             self.updates = self.updates + 1
             part = 0.5 * (1 + math.cos(math.pi * step / max(options.steps - 1, 1)))
-            rate = options.lr * (0.01 + 0.99 * part)
+            rate = self.rates * (0.01 + 0.99 * part)
             self.theta, self.m, self.v = adam(theta.detach(), self.m, self.v, int(self.updates), -gradient, rate)
         begin = round(options.steps * (1 - options.average))
         if step >= begin:

@@ -125,17 +125,23 @@ class LocalNormal:
         u = self.precision.sqrt() * noise + torch.einsum("bqd,sbq->sbd", self.root, rows)
         return self.mean + self._solve(u)
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """The diagonal of B V B' for B (b, q, d) -> (b, q)."""
+        if self.factor is not None:
+            return (rows @ self.factor).square().sum(-1)
+        if self.root is None or self.precision is None or self.inner is None:
+            return (rows.square() * self.variance[:, None]).sum(-1)
+        thin = rows / self.precision
+        known = torch.linalg.solve_triangular(self.inner, self.root @ thin.mT, upper=False).square().sum(-2)
+        return (rows * thin).sum(-1) - known
+
     def trace(self, root: Tensor) -> Tensor:
         """tr(B V B') for B (b, q, d) -> (b,)."""
-        if self.factor is not None:
-            return (root @ self.factor).square().sum((-2, -1))
-        if self.root is None:
-            return (root.square() * self.variance[:, None]).sum((-2, -1))
         if root is self.root and self.inner is not None:  # B V B' = I - (I + B P^-1 B')^-1
             eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
             inverse = torch.linalg.solve_triangular(self.inner, eye.expand_as(self.inner), upper=False)
             return root.shape[1] - inverse.square().sum((-2, -1))
-        return (root * self._solve(root.transpose(0, 1)).transpose(0, 1)).sum((-2, -1))
+        return self.spread(root).sum(-1)
 
     def _solve(self, u: Tensor) -> Tensor:
         """(P + B' B)^-1 u by Woodbury's identity, (s, b, d) -> (s, b, d)."""

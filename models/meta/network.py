@@ -14,7 +14,7 @@ from typing import Protocol
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, jacrev, vmap
 
 from models.meta.episodes import Points
 from ppl.errors import DataError, OptionError, ProgramError, ShapeError
@@ -72,6 +72,15 @@ class Network:
         if theta.ndim == 1:
             return self.one(theta, x)
         return vmap(self.__call__)(theta, x)
+
+    def jacobian(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Derivatives of the outputs in theta: (b, dim), x (b, points, *x) -> (b, points, numel of outputs, dim)."""
+
+        def alone(theta: Tensor, x: Tensor) -> Tensor:
+            return self.one(theta, x[None])[0].flatten()
+
+        # Point by point: a derivative through all points at once would cost as many times more.
+        return vmap(vmap(jacrev(alone), (None, 0)))(theta, x)
 
     def shared(self, theta: Tensor, x: Tensor) -> Tensor:
         """Outputs of many episodes under one theta: theta (dim,), x (b, points, *x) -> (b, points, *outputs)."""

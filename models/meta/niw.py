@@ -60,7 +60,9 @@ class NIWMeta:
             towards its coordinate optimum for the batch, and is coordinate ascent where the batch shows all episodes.
         expectation: of l_i: at "draw"s of q_i, or of the "quadratic" fit, without noise.
         draws: of q_i for each episode and step.
-        lr: of Adam at the start, for m_0 in units of theta and for log V_0; it falls as a cosine to a hundredth.
+        lr: of Adam at the start, for m_0 in units of theta; it falls as a cosine to a hundredth.
+        scale_lr: likewise for log V_0; None for the same. A V_0 that does not know yet which weights matter has a long
+            way to go: at the rate of m_0 it stays near its start, and predictions are too wide.
         forgetting: step t of "natural" goes (1 + t / delay)^-forgetting of the way.
         delay: see forgetting.
         average: share of the last steps whose laws are averaged; 0 keeps the last one.
@@ -90,6 +92,7 @@ class NIWMeta:
     expectation: Literal["draw", "quadratic"] = "draw"
     draws: int = 1
     lr: float = 0.01
+    scale_lr: float | None = None
     forgetting: float = 0.7
     delay: float = 10.0
     average: float = 0.2
@@ -113,7 +116,7 @@ class NIWMeta:
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        check_positive(self, "lr", "delay")
+        check_positive(self, "lr", "delay", *([] if self.scale_lr is None else ["scale_lr"]))
         if not 0.5 < self.forgetting <= 1:
             raise OptionError(f"forgetting must lie in (0.5, 1] for the steps to settle, got {self.forgetting!r}")
         if not 0 <= self.average < 1:

@@ -192,7 +192,9 @@ def _trust(step: int) -> float:
     return 1 + (TRUST - 1) * max(0.0, 1 - step / TRUST_STEPS)
 
 
-def adam(theta: Tensor, m: Tensor, v: Tensor, count: int, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+def adam(
+    theta: Tensor, m: Tensor, v: Tensor, count: int, gradient: Tensor, lr: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step uphill, the `count`-th: parameters and both moments after it."""
     m = BETA_1 * m + (1 - BETA_1) * gradient
     v = BETA_2 * v + (1 - BETA_2) * gradient.square()
