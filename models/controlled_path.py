@@ -3,8 +3,8 @@ r"""A controlled path as a Pyro distribution: the law of X where the driving noi
     z_n ~ N(u(X_n, Y_n, h_n) sqrt(dt), s_n^2),   Y+ = e^(-gamma dt) Y + m sqrt(dt) z_n,   X+ = X + f dt + g w . (Y+ - Y)
 
 Beside the prior `sde.Path`, log q - log p of a draw has mean E sum of u^2 dt / 2 where s = 1, as in continuous time,
-and (s^2 - 1) / 2 - log s more for every number otherwise [derived]. Data sharper than a step ask for s below 1. Noise of
-type I starts from random Y_0, which are given: they are an unknown of their own, with a guide of its own.
+and (s^2 - 1) / 2 - log s more for every number otherwise [derived]. Data sharper than a step ask for s below 1. Noise
+of type I starts from random Y_0, which are given: they are an unknown of their own, with a guide of its own.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ class ControlledPath(TorchDistribution):
         shape = Size(batch_shape)
         if shape == self.batch_shape:
             return self
-        parts = (None if p is None else p.expand(*shape, *p.shape[-2:]) for p in (self.given, self.first))
-        return ControlledPath(self.path.expand(shape), self.control, *parts, validate_args=False)
+        given, first = (None if p is None else p.expand(*shape, *p.shape[-2:]) for p in (self.given, self.first))
+        return ControlledPath(self.path.expand(shape), self.control, given, first, validate_args=False)
 
 
 def _driving(factors: Factors, n: int, increment: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ encoder reads off the series. Prior and posterior move X and Y by the same expon
 
     log p(y) >= E[sum_i log p(y_i | X(t_i), w)] - E int u^2 dt / 2 - KL(q(X_0) || p) - KL(q(w) || p)
 
-is a true bound for the discretised process at any step. Drift and control are evaluated in one loop. Noise of type I, of
-an unknown past, starts from factors Y_0 that are latent as well: Gaussian in the posterior, given X_0, with their own
-divergence.
+is a true bound for the discretised process at any step. Drift and control are evaluated in one loop. Noise of type I,
+of an unknown past, starts from factors Y_0 that are latent as well: Gaussian in the posterior, given X_0, with their
+own divergence.
 
 Source: Daems et al. (ICLR 2024), the public code [read]; the discrete chain and its bound [derived]; theirs has no
 prior on w, and a squared error without a noise level, which is no bound.
@@ -40,7 +40,7 @@ __all__ = ["Bound", "Forecast", "LatentSDE"]
 
 
 class Bound(NamedTuple):
-    """The bound for each series of a batch, and its parts: value = log_likelihood - path - start - content - factors."""
+    """The bound for each series of a batch, and its parts: log_likelihood - path - start - content - factors."""
 
     value: Tensor  # (batch,)
     log_likelihood: Tensor
@@ -84,7 +84,7 @@ class LatentSDE(nn.Module):
         horizon: last time that will be asked for, forecasts included.
         frame_step: time between two frames, where no times are given.
         hurst: Hurst index; "learn" starts at 1/2; None is Brownian motion without factors.
-        kind: of a fractional noise: "II" starts without a past, "I" has one that is inferred, and stationary increments.
+        kind: of a fractional noise: "II" starts without a past; "I" has one, inferred, and stationary increments.
         factors: K of a fractional noise.
         substeps: steps of the process between two frames.
         content: numbers that do not change along the series; the encoder gives them too.
