@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.meta import NOISE, scores, seeded, tasks
+from benchmarks.meta import scores
+from benchmarks.meta_learners import NOISE, seeded, tasks
 from benchmarks.results import append
 from models.meta import (
     SGLD,

@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from benchmarks.meta import bootstrap, either, interval, scores, seeded, widened
+from benchmarks.meta import bootstrap, interval, scores
+from benchmarks.meta_learners import either, seeded, widened
 from models.meta import Episodes, LinearRegressions, Sinusoids
 from models.meta.predictive import Predictive
 
