@@ -229,7 +229,7 @@ def in_turn(
     for i in monitor.steps(program.problems, "problems"):
         own = torch.Generator(program.device).manual_seed(seeds[i])
         try:
-            with monitor.section(f"problem {i}"):
+            with monitor.section(f"problem {i}"), monitor.drawing_from(own):
                 parts.append(
                     backend.run(program.problem(i), draws=draws, chains=chains, generator=own, monitor=monitor)
                 )

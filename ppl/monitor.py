@@ -86,6 +86,7 @@ class Monitor:
             raise OptionError(f"callback must be a function of an Event, got {callback!r}")
         self.callback = callback
         self.generator = generator
+        self._own = False
         self.checkpoint_every = float(checkpoint_every)
         self.cost = Cost()
         self.notes: list[str] = []
@@ -211,6 +212,15 @@ class Monitor:
         finally:
             self._sections.pop()
 
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator) -> Iterator[Monitor]:
+        """What is stored inside goes with the state of this generator, that of one part alone ("problem 2")."""
+        before, self.generator, self._own = (self.generator, self._own), generator, True
+        try:
+            yield self
+        finally:
+            self.generator, self._own = before
+
     @property
     def due(self) -> bool:
         """Whether `checkpoint` would write now; lets an engine skip gathering its state."""
@@ -286,14 +296,9 @@ class Monitor:
         if meta["serial"] > self._serial:
             self._serial = meta["serial"]
             self._restore_cost(Cost.from_dict(meta["cost"]))
-            if self.generator is not None and "generator" in pack:
-                try:
-                    self.generator.set_state(pack["generator"])
-                except RuntimeError as error:
-                    raise CheckpointError(
-                        f"the checkpoint holds the state of a generator of another device, this run's is on "
-                        f"{self.generator.device} ({error}); resume on the device where the run began"
-                    ) from error
+            self._restore_generator(pack)
+        elif self._own and kind == "state":
+            self._restore_generator(pack)
         for message in meta["notes"]:
             self.note(message)
         tensors = {name.removeprefix("state."): tensor for name, tensor in pack.items() if name != "generator"}
@@ -301,6 +306,18 @@ class Monitor:
             same_kind = device is not None and device.type == kind_of
             tensors[name] = tensors[name].to(device if same_kind else kind_of)
         return tensors
+
+    def _restore_generator(self, pack: Mapping[str, Tensor]) -> None:
+        """Go on where the stored part stood."""
+        if self.generator is None or "generator" not in pack:
+            return
+        try:
+            self.generator.set_state(pack["generator"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint holds the state of a generator of another device, this run's is on "
+                f"{self.generator.device} ({error}); resume on the device where the run began"
+            ) from error
 
     def _restore_cost(self, stored: Cost) -> None:
         """Cost so far = what was stored + what this process spent since it restored the last time."""

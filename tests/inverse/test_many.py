@@ -314,7 +314,10 @@ def test_problems_in_turn_fail_one_by_one_too() -> None:
 @pytest.mark.parametrize("name", ["PiGDM", "REDDiff", "TwistedSMC", "TwistedSMC led", *CHAINS])
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
 def test_stopped_and_called_again_it_goes_on_to_the_same_draws(name: str, part: float, tmp_path: Path) -> None:
-    many, engine = linear(), BACKENDS[name]()
+    cut_and_resume(linear(), BACKENDS[name](), part, tmp_path)
+
+
+def cut_and_resume(many: ppl.Program, engine: Any, part: float, tmp_path: Path) -> None:
     events: list[ppl.Event] = []
     whole = solve(many, engine, callback=events.append)
     stop, seen = max(int(part * len(events)), 1), []
@@ -332,6 +335,12 @@ def test_stopped_and_called_again_it_goes_on_to_the_same_draws(name: str, part: 
     assert resumed.complete
     torch.testing.assert_close(resumed["x"], whole["x"], rtol=1e-12, atol=1e-12)
     assert resumed.cost.denoiser_evals >= whole.cost.denoiser_evals
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+def test_problems_in_turn_go_on_to_the_same_draws_too(part: float, tmp_path: Path) -> None:
+    many, engine = linear(), inverse.TwistedSMC(steps=5, particles=6, runs=1, moves=1, guide=PiGDMGuide())
+    cut_and_resume(many, engine, part, tmp_path)
 
 
 def test_a_failure_is_remembered_over_an_interruption(tmp_path: Path) -> None:
