@@ -24,8 +24,8 @@ from models.meta.local import LocalFit, LocalNormal, close
 from models.meta.network import Gaussian
 from models.meta.niw_math import NormalInverseGamma
 from models.meta.predictive import Predictive
-from ppl.errors import OptionError
-from ppl.option_checks import check_integers, check_positive
+from ppl.errors import DataError, OptionError, ShapeError
+from ppl.option_checks import check_integers, check_positive, whole_number
 from ppl.vi.ascent import adam
 
 __all__ = ["TEMPERATURES", "Adaptation", "Adapted", "ClosedForm", "Variational", "adapt", "cooled"]
@@ -152,12 +152,15 @@ class Adapted:
 
         Raises:
             OptionError: no draws, or a negative temperature.
+            ShapeError: x has another number of episodes.
 
         Source: of the linearised form, Immer, Korzepa & Bauer (2021) [inferred]; of cold posteriors, Wenzel, Roth,
         Veeling et al. (2020) [inferred].
         """
-        if draws is not None and draws < 1:
-            raise OptionError(f"draws must be at least 1, or None, got {draws}")
+        if draws is not None:
+            whole_number("draws", draws, 1)
+        if len(x) != len(self.local.mean):
+            raise ShapeError(f"x has {len(x)} episodes, and {len(self.local.mean)} were adapted to")
         if not 0 <= temperature < math.inf:
             raise OptionError(f"temperature must be finite and at least 0, got {temperature!r}")
         generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -241,8 +244,10 @@ def cooled(
         linearised: see `Adapted.predict`.
 
     Raises:
-        ShapeError: the episodes have no queries.
+        DataError: the episodes have no queries.
     """
+    if not bool(episodes.query.mask.any()):
+        raise DataError("a temperature is chosen by queries, and these episodes have none; split off some points")
     adapted, query = adapt(fitted, episodes, how), episodes.query
 
     def value(temperature: float) -> float:

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.meta.episodes import Episodes, EpisodeSource
-from models.meta.network import Likelihood, Network
+from models.meta.episodes import Episodes, EpisodeSource, drawn
+from models.meta.network import Likelihood, Network, check_fit
 from ppl.errors import DataError
 from ppl.monitor import Monitor
 from ppl.vi.ascent import adam
@@ -70,6 +70,7 @@ def descend(
 
     Raises:
         DataError: episodes without queries.
+        OptionError: neither a set of episodes nor a source of them.
         NotFiniteError: a direction is not finite.
     """
     generator = generator or torch.Generator(theta.device).manual_seed(seed)
@@ -81,15 +82,12 @@ def descend(
         first = int(saved["step"])
         theta, m, v, history = (saved[name] for name in ("theta", "m", "v", "history"))
     for step in monitor.steps(options.steps, "fit", start=first):
-        if isinstance(episodes, Episodes):
-            drawn = episodes.sample(min(options.batch, len(episodes)), generator)
-        else:
-            drawn = episodes(options.batch, generator)
-        if not bool(drawn.query.mask.any()):
+        batch = drawn(episodes, options.batch, generator)
+        if not bool(batch.query.mask.any()):
             raise DataError("training is by query sets, and these episodes have none; split off some points")
         if step == first:
-            check(drawn)
-        history[step], against = direction(theta, drawn, generator)
+            check(batch)
+        history[step], against = direction(theta, batch, generator)
         monitor.check_finite("direction of the common parameters", against, step)
         rate = options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(options.steps - 1, 1))))
         if plain:
@@ -116,8 +114,4 @@ def slope_of(loss: Callable[[Tensor, Episodes, torch.Generator], Tensor]) -> Dir
 def check_of(network: Network, likelihood: Likelihood) -> Callable[[Episodes], None]:
     """Whether the targets suit the likelihood and the inputs the network."""
 
-    def check(drawn: Episodes) -> None:
-        likelihood.check(drawn.points)
-        network.check(drawn.support.x[0])
-
-    return check
+    return lambda batch: check_fit(network, likelihood, batch.points)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl.errors import DataError, OptionError, ShapeError
 
-__all__ = ["EpisodeSource", "Episodes", "Points"]
+__all__ = ["EpisodeSource", "Episodes", "Points", "drawn"]
 
 
 class Points(NamedTuple):
@@ -242,6 +242,24 @@ class Episodes:
 
         way = "" if self.way is None else f", {self.way} classes"
         return f"Episodes({len(self)} episodes, support {size(self.support)}, query {size(self.query)}{way})"
+
+
+def drawn(source: Episodes | EpisodeSource | None, episodes: int, generator: torch.Generator) -> Episodes:
+    """That many episodes: fresh ones of a source, or of a set without replacement, all where it has no more.
+
+    Raises:
+        OptionError: it is neither a set nor a source of episodes.
+    """
+    if isinstance(source, Episodes):
+        return source.sample(min(episodes, len(source)), generator)
+    if not callable(source):
+        raise OptionError(
+            f"give episodes: models.meta.Episodes, or a function of (how many, generator); got {type(source).__name__}"
+        )
+    found = source(episodes, generator)
+    if not isinstance(found, Episodes):
+        raise OptionError(f"the source returned {type(found).__name__}, expected models.meta.Episodes")
+    return found
 
 
 def _points(x: Tensor, y: Tensor, mask: Tensor | None) -> Points:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 from models.meta.episodes import Points
 from ppl.errors import DataError, OptionError, ProgramError, ShapeError
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Network", "mlp"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Network", "check_fit", "mlp"]
 
 
 class Network:
@@ -86,17 +87,22 @@ class Network:
         """Outputs of many episodes under one theta: theta (dim,), x (b, points, *x) -> (b, points, *outputs)."""
         return self.one(theta, x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def check(self, x: Tensor) -> None:
-        """Run the module on x, (points, *x), and see that the call changes nothing and draws nothing.
+    def check(self, x: Tensor) -> Tensor:
+        """The outputs at x, (points, *x), of a module whose call changes nothing and draws nothing.
 
         Raises:
             ProgramError: a buffer changes, two calls differ, or points are not treated one by one.
-            ShapeError: the module does not return one row for each point.
+            ShapeError: the module does not take such points, or does not return one row for each.
         """
         theta = self.start.to(x)
         before = {name: b.clone() for name, b in self.module.named_buffers()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first, second, alone = self.one(theta, x), self.one(theta, x), self.one(theta, x[:1])
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                first, second, alone = self.one(theta, x), self.one(theta, x), self.one(theta, x[:1])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ShapeError(f"the episode network cannot take points {tuple(x.shape)}: {error}") from error
+        if not isinstance(first, Tensor):
+            raise ShapeError(f"the episode network returned a {type(first).__name__}, expected one tensor of outputs")
         changed = [name for name, b in self.module.named_buffers() if not torch.equal(before[name], b)]
         for name, b in self.module.named_buffers():
             b.data.copy_(before[name])
@@ -119,6 +125,7 @@ class Network:
                 "the output of the episode network for a point depends on the other points, padded ones among them; "
                 "treat points one by one (GroupNorm or LayerNorm in place of statistics of the batch)"
             )
+        return first
 
     def __repr__(self) -> str:
         return f"Network({type(self.module).__name__}, dim={self.dim})"
@@ -189,6 +196,32 @@ class Likelihood(Protocol):
     def check(self, points: Points) -> None:
         """Raise DataError for targets that the law cannot have."""
         ...
+
+
+def check_fit(network: Network, likelihood: Likelihood, points: Points) -> None:
+    """See that network, likelihood and targets suit each other.
+
+    Raises:
+        DataError: targets that the likelihood cannot have, or not with so many outputs.
+        ShapeError: inputs, outputs or targets of another shape.
+        ProgramError: see `Network.check`.
+    """
+    likelihood.check(points)
+    outputs = network.check(points.x[0])
+    with pyro.validation_enabled(False):
+        law = likelihood.law(outputs)
+    wanted, own = points.y.shape[1:], law.batch_shape + law.event_shape
+    if wanted != own:
+        raise ShapeError(
+            f"the episode network returns {tuple(outputs.shape)} for {len(outputs)} points, of which {likelihood!r} "
+            f"makes targets {tuple(own)}; y has {tuple(wanted)} for each episode"
+        )
+    seen = points.y[points.mask]
+    if law.support is not None and not bool(law.support.check(seen).all()):
+        raise DataError(
+            f"targets from {float(seen.min()):g} to {float(seen.max()):g} are outside the law of {likelihood!r} with "
+            f"{outputs.shape[-1]} outputs; relabel the classes from 0, or give the network an output for each"
+        )
 
 
 @dataclass(frozen=True)

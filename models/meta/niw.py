@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from models.meta.episodes import Episodes, EpisodeSource, Points
+from models.meta.episodes import Episodes, EpisodeSource, Points, drawn
 from models.meta.fitted_meta import FittedMeta
 from models.meta.gauss_newton import GaussNewton
 from models.meta.global_ascent import GlobalAscent
@@ -181,8 +181,6 @@ class NIWMeta:
             hierarchy = target
             if isinstance(episodes, Episodes):
                 points = episodes.points
-            elif not callable(episodes):
-                raise OptionError("give episodes: models.meta.Episodes, or a function of (how many, generator)")
         size = hierarchy.batch or self.batch
         if points is not None:
             hierarchy.check(points)
@@ -196,18 +194,14 @@ class NIWMeta:
                 return Points(*(part[index] for part in whole))
 
             return hierarchy, some, float(number if total is None else total)
-        assert callable(episodes)
-        source = episodes
         checked: list[bool] = []
 
         def fresh(generator: torch.Generator) -> Points:
-            drawn = source(size, generator)
-            if not isinstance(drawn, Episodes):
-                raise OptionError(f"the source returned {type(drawn).__name__}, expected models.meta.Episodes")
+            found = drawn(episodes, size, generator).points
             if not checked:
-                hierarchy.check(drawn.points)
+                hierarchy.check(found)
                 checked.append(True)
-            return drawn.points
+            return found
 
         return hierarchy, fresh, float(self.steps * size if total is None else total)
 

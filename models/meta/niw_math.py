@@ -109,6 +109,8 @@ class GlobalLaw(ABC):
         mean = self.mean
         if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.ndim != 1 or not len(mean):
             raise ShapeError(f"mean is a floating vector (d,), one number for each coordinate of theta, got {mean!r}")
+        if not bool(torch.isfinite(mean).all()):
+            raise OptionError(f"mean has {int((~torch.isfinite(mean)).sum())} coordinates that are not finite")
         for name in ("count", "df", "scale"):
             value = torch.as_tensor(getattr(self, name), dtype=mean.dtype, device=mean.device)
             object.__setattr__(self, name, value)
@@ -209,6 +211,11 @@ class NormalInverseWishart(GlobalLaw):
                 f"df is {float(self.df):g}, but an inverse Wishart of {d} coordinates needs more than {d - 1}; raise "
                 "df, or use NormalInverseGamma, the per-coordinate relaxation that networks need and that holds for "
                 "every df above 0"
+            )
+        if not bool(torch.isfinite(self.df) & torch.isfinite(self.scale).all()):
+            wrong = int((~torch.isfinite(self.scale)).sum())
+            raise OptionError(
+                f"df and scale must be finite, got df {float(self.df):g} and a scale with {wrong} values that are not"
             )
         symmetric = torch.allclose(self.scale, self.scale.mT, rtol=1e-4, atol=1e-6 * float(self.scale.abs().max()))
         if not symmetric or int(torch.linalg.cholesky_ex(self.scale.detach()).info):

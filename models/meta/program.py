@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.meta.episodes import Episodes, Points
-from models.meta.network import Gaussian, Likelihood, Network
+from models.meta.network import Gaussian, Likelihood, Network, check_fit
 from models.meta.niw_math import GlobalLaw, NormalInverseGamma, NormalInverseWishart, precision_root
 from ppl.errors import OptionError, ProgramError, ShapeError
 from ppl.program import Program
@@ -89,12 +89,11 @@ class Hierarchy:
 
     def check(self, points: Points) -> None:
         """Raise where network or likelihood do not fit the points."""
-        self.likelihood.check(points)
         if points.x.is_floating_point() and points.x.dtype != self.prior.mean.dtype:
             raise ShapeError(
                 f"x is {points.x.dtype}, the prior {self.prior.mean.dtype}; use one type: episodes.to(dtype=...)"
             )
-        self.network.check(points.x[0])
+        check_fit(self.network, self.likelihood, points)
 
     def __call__(self, x: Tensor, y: Tensor, mask: Tensor) -> None:
         """The Pyro model: x (N, points, *x), y (N, points, *y), mask (N, points)."""

@@ -33,7 +33,7 @@ from models.meta import (
     mlp,
 )
 from models.meta.local import LocalFit, Quadratic, close
-from ppl.errors import DataError, OptionError
+from ppl.errors import DataError, OptionError, ShapeError
 
 
 def seeded() -> torch.Generator:
@@ -307,6 +307,12 @@ def test_bad_options_of_adaptation() -> None:
         Variational(steps=-1)
     with pytest.raises(OptionError, match="draws"):
         adapt(fitted(Gaussian(0.5), [1, 1]), points()).predict(points().x, 0, linearised=True)
+    with pytest.raises(OptionError, match="draws"):
+        adapt(fitted(Gaussian(0.5), [1, 1]), points()).predict(points().x, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="2 episodes, and 3"):
+        adapt(fitted(Gaussian(0.5), [1, 1]), points()).predict(points().x[:2], linearised=True)
+    with pytest.raises(DataError, match="have none"):
+        cooled(fitted(Gaussian(0.5), [1, 1]), Episodes(points().x, points().y))
     with pytest.raises(DataError, match="empty support"):
         Episodes(torch.ones(1, 0, 1), torch.ones(1, 0))
 

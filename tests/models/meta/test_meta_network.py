@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.meta import Bernoulli, Categorical, Episodes, Gaussian, Hierarchy, Network, NormalInverseGamma, mlp
+from models.meta import (
+    MAML,
+    Bernoulli,
+    Categorical,
+    Episodes,
+    Fisher,
+    Gaussian,
+    Hierarchy,
+    Network,
+    NIWMeta,
+    NormalInverseGamma,
+    mlp,
+)
 from ppl.errors import DataError, OptionError, ProgramError, ShapeError
+
+
+class Pair(nn.Module):
+    """Returns two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
 
 
 class Noisy(nn.Module):
@@ -47,6 +70,15 @@ def hierarchy(network: Network, likelihood: object = None) -> Hierarchy:
 
 def episodes() -> Episodes:
     return Episodes(torch.randn(3, 4, 1), torch.randn(3, 4))
+
+
+def labels(value: int, way: int | None = None) -> Episodes:
+    x, y = torch.ones(3, 4, 1), torch.full((3, 4), value)
+    return Episodes(x, y, x, y, way=way)
+
+
+def classes(outputs: int) -> Hierarchy:
+    return hierarchy(mlp([1, outputs]), Categorical())
 
 
 def test_the_module_with_its_own_parameters() -> None:
@@ -103,6 +135,12 @@ def test_a_refused_call_leaves_buffers_as_they_were() -> None:
         (DataError, "integers", lambda: hierarchy(mlp([1, 2]), Categorical()).program(episodes())),
         (OptionError, "batch", lambda: hierarchy(mlp([1, 1])).program(episodes(), batch=9)),
         (ShapeError, "coordinates", lambda: Hierarchy(mlp([1, 1]), Gaussian(), hierarchy(mlp([2, 1])).prior)),
+        (ShapeError, r"cannot take points \(4, 1\)", lambda: hierarchy(mlp([2, 1])).program(episodes())),
+        (ShapeError, "a tuple", lambda: hierarchy(Network(Pair())).program(episodes())),
+        (ShapeError, r"targets \(4, 2\)", lambda: hierarchy(mlp([1, 2])).program(episodes())),
+        (DataError, "targets from 2 to 2.*2 outputs", lambda: hierarchy(mlp([1, 2]), Categorical()).program(labels(2))),
+        (DataError, "targets from 2 to 2", lambda: NIWMeta(Fisher(1), steps=1).fit(classes(2), labels(2, way=3))),
+        (DataError, "targets from 2 to 2", lambda: MAML(steps=1).fit(mlp([1, 2]), Categorical(), labels(2, way=3))),
         (ShapeError, "one type", lambda: hierarchy(mlp([1, 1])).program(episodes().to(dtype=torch.float64))),
     ],
 )

@@ -16,6 +16,7 @@ from models.meta.network import Network
 from models.meta.predictive import Predictive, expected_calibration_error, pit_error
 from models.meta.prototypical import Prototypical, logits
 from models.meta.reptile import Reptile
+from models.meta.ridge_head import RidgeHead
 from models.meta.tasks_images import few_shot_digits
 from ppl.errors import DataError, OptionError, ShapeError
 from ppl.monitor import Monitor
@@ -162,5 +163,9 @@ def test_bad_input() -> None:
         ConditionalNeuralProcess(floor=0.0)
     with pytest.raises(ShapeError, match="expected"):
         ConditionalNeuralProcess(steps=1).fit(LineSine(), inputs=2)
+    with pytest.raises(OptionError, match="returned tuple"):
+        RidgeHead(steps=1).fit(mlp([1, 4]), lambda number, generator: (torch.ones(number, 5, 1),))  # type: ignore
+    with pytest.raises(OptionError, match="got NoneType"):
+        Reptile(steps=1).fit(mlp([1, 1]), Gaussian(), None)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="query sets"):
         Prototypical(steps=1).fit(mlp([64, 4]), few_shot_digits(queries=0))

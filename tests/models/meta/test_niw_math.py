@@ -134,6 +134,13 @@ def test_mode_is_stationary(law: GlobalLaw) -> None:
             lambda: NormalInverseGamma(torch.zeros(2), torch.tensor(1.0), torch.tensor(1.0), torch.tensor([1.0, 0.0])),
         ),
         (OptionError, "df", lambda: gamma(df=0.0)),
+        (OptionError, "df inf", lambda: wishart(df=math.inf)),
+        (
+            OptionError,
+            "4 values that are not",
+            lambda: NormalInverseWishart(torch.zeros(2), 1.0, 5.0, SCALE * math.nan),
+        ),
+        (OptionError, "1 coordinates", lambda: NormalInverseGamma.around(torch.tensor([0.0, math.nan]), 1.0, 3.0, 1.0)),
         (
             ShapeError,
             "scale",
