@@ -24,21 +24,37 @@ programs = {
     "returns and ranges": model.program(days.returns, days.log_range),
 }
 
-# %% one program, two engines; H and everything else unknown. The chains run in the coordinates of the fit, corrected
+# %% H and everything else unknown: a fit, and chains in its coordinates that correct it
 
 fit = ppl.SVI(guide=ppl.Hierarchical(), steps=20 if SMOKE else 2500, lr=0.05)
 hmc = ppl.HMC(warmup=20 if SMOKE else 120, adaptation="quarter_turn", max_steps=8 if SMOKE else 48, target_accept=0.85)
-chains, draws = (2, 10) if SMOKE else (16, 200)
-engine = ppl.NoiseSpace(ppl.Transport(hmc, fit))
-found = {f"{name}, HMC": ppl.infer(program, engine, draws, chains) for name, program in programs.items()}
-both = programs["returns and ranges"]
-found["returns and ranges, SVI"] = ppl.infer(both, ppl.NoiseSpace(fit), chains * draws)
-for name, posterior in found.items():
-    print(name, posterior.cost)
-    print(posterior.summary().loc[["hurst", "level", "rate", "swing", "tails"]])
+chains, draws = (4, 10) if SMOKE else (16, 200)
+found, fits = {}, {}
+for name, program in programs.items():
+    fits[name] = fit.fit(program.noise_space(), seed=0)
+    engine = ppl.NoiseSpace(ppl.Transport(hmc, fits[name]))
+    found[f"{name}, HMC"] = ppl.infer(program, engine, draws, chains)
+both, posterior = programs["returns and ranges"], found["returns and ranges, HMC"]
+found["returns and ranges, SVI"] = fits["returns and ranges"].posterior(chains * draws)
+for name, each in found.items():
+    print(name, each.cost)
+    print(each.summary().loc[["hurst", "level", "rate", "swing", "tails"]])
+
+# %% fits against sampling: half of the chains are the reference, by which the others and the fits are judged
+
+halves = [{name: posterior.draws[name][i::2] for name in both.latents} for i in range(2)]
+low_rank = ppl.SVI(guide=ppl.LowRank(8), steps=20 if SMOKE else 2500, lr=0.01)
+backends = {
+    "HMC, half of the chains": ppl.Posterior(halves[0], cost=posterior.cost, attrs=posterior.attrs),
+    "SVI, Hierarchical": found["returns and ranges, SVI"],
+    "SVI, low rank": ppl.NoiseSpace(low_rank),
+}
+ppl.compare(both, backends, draws=chains * draws // 2, reference=halves[1]).show()
+
+# %% what the model says of returns, and what a simple estimate of H says
+
 moments = structure_function(days.log_range)
 print(f"structure function of the range: H = {moments.hurst:.3f} +- {moments.stderr:.3f}")
-posterior = found["returns and ranges, HMC"]
 checks = posterior_predictive_check(both, posterior, torch.Generator().manual_seed(1), lags=(1, 2, 5, 10, 21, 42))
 for name, check in checks.items():
     print(f"{name}: {check.observed:.2f}, replicated {check.low:.2f} .. {check.median:.2f} .. {check.high:.2f}")
