@@ -28,13 +28,19 @@ __all__ = ["FractionalGaussianNoise", "Kind", "check_hurst", "fbm_covariance", "
 Kind = Literal["I", "II"]
 
 
-def check_hurst(hurst: Any) -> None:
-    """Refuse a Hurst index outside (0, 1); values inside a trace are not looked at."""
+def check_hurst(hurst: Any, times: Tensor | None = None) -> None:
+    """Refuse a Hurst index outside (0, 1), or indices of times; values inside a trace are not looked at."""
     value = torch.as_tensor(hurst)
-    if can_look(value) and not bool(((value > 0) & (value < 1)).all()):
-        raise ValueError(
-            f"the Hurst index must lie in (0, 1), got {hurst}; 1/2 is Brownian motion, less is rougher, more smoother"
-        )
+    if not can_look(value) or bool(((value > 0) & (value < 1)).all()):
+        return
+    where = ""
+    if times is not None and times.shape == value.shape:
+        first = int((~((value > 0) & (value < 1))).nonzero()[0])
+        hurst, where = float(value[first]), f" at time {float(times[first]):g}"
+    raise ValueError(
+        f"the Hurst index must lie in (0, 1), got {hurst}{where}; 1/2 is Brownian motion, less is rougher, more "
+        "smoother"
+    )
 
 
 def check_kind(kind: str) -> None:

@@ -130,6 +130,7 @@ class MarkovNoise:
                     f"got shape {tuple(value.shape)}"
                 )
             if can_look(value):
+                check_hurst(value, times)
                 replace(self, hurst=value)
             return
         value = torch.as_tensor(self.hurst)
@@ -189,7 +190,7 @@ class MarkovNoise:
             if times is None:
                 raise ValueError("the Hurst index depends on time: give the times at which it is wanted")
             value = self.hurst(times)
-            check_hurst(value)
+            check_hurst(value, times)
             return value.double()
         return torch.as_tensor(self.hurst, dtype=torch.float64)
 
