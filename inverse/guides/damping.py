@@ -59,8 +59,8 @@ def curvature(
 
 
 def share(along: Tensor, curved: Tensor) -> Tensor:
-    """t = g.u / (g.u + u^T H u), and 1 where the direction does not climb."""
-    return torch.where(along > 0, along / (along + curved), torch.ones_like(along))
+    """t = g.u / (g.u + u^T H u), and 0 where u does not climb: the Jacobian of a network need not be positive."""
+    return torch.where(along > 0, along / (along + curved), torch.zeros_like(along))
 
 
 def damping(

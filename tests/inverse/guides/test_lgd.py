@@ -19,9 +19,16 @@ from inverse.problem import DiffusionProblem
 from ppl import Program
 from ppl.cost import Cost
 from ppl.errors import NotFiniteError, OptionError
-from sde import Ancestral, DPMSolver2MSDE, GaussianMixture
+from sde import Ancestral, DiffusionPrior, DPMSolver2MSDE, GaussianMixture
 
 F64 = torch.float64
+
+
+class Falling(torch.nn.Module):
+    """D(x) = -x / 2: no density has this denoiser."""
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        return -x / 2
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -120,6 +127,24 @@ def test_sharp_data_do_not_drive_it_out_of_the_prior() -> None:
     assert furthest("damped") < 6
     with pytest.raises(NotFiniteError):
         furthest("likelihood")
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_a_direction_that_does_not_climb_is_not_followed(samples: int) -> None:
+    """D = -x / 2, whose Jacobian is negative, as a network's may be far from its data: s^2 J^T g is downhill."""
+    prior = DiffusionPrior(Falling(), event_shape=(3,), data_std=0.7)
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x.square(), 0.1).to_event(1), obs=y)
+
+    problem = DiffusionProblem.of(Program(model, torch.ones(3)))
+    x = 5 * torch.randn(8, 3, generator=seeded())
+    found = LGDGuide(samples=samples).bind(problem)(x, 5.0)
+    torch.testing.assert_close(found.posterior, found.prior)
+    whole = LGDGuide(samples=samples, weight="likelihood").bind(problem)(x, 5.0)
+    assert float((whole.posterior - whole.prior).abs().min(1).values.min()) > 0
+    assert float((whole.posterior - whole.prior).abs().max()) > 100
 
 
 def test_many_samples_are_pigdm_for_linear_data() -> None:
