@@ -22,6 +22,7 @@ from torch import Tensor
 import inverse
 import ppl
 import sde
+from models.meta import Gaussian, GaussNewton, Hierarchy, LinearRegressions, NIWMeta, NormalInverseGamma, mlp
 from models.references import gaussian_problem
 
 F64 = torch.float64
@@ -90,6 +91,15 @@ def brownian_path() -> ppl.Program:
     return ppl.Program(model, torch.tensor([0.3, -1.0], dtype=F64), compile="never")
 
 
+def regressions() -> ppl.Program:
+    """Six lines of four points each."""
+    network = mlp([1, 1])
+    network.module.double()
+    prior = NormalInverseGamma.around(network.start, 1.0, 3.0, 1.0)
+    lines = LinearRegressions(torch.ones(2, dtype=F64), torch.full((2,), 0.3, dtype=F64), shots=4, queries=0)
+    return Hierarchy(network, Gaussian(0.3), prior).program(lines(6, torch.Generator().manual_seed(0)), batch=3)
+
+
 # Name -> (backend, program).
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "AmortisedDenoiser": (lambda: inverse.AmortisedDenoiser(steps=40, batch=4, width=8, levels=4), plain),
@@ -101,6 +111,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], ppl.Program]]] = {
     "GuidedParticleFilter": (lambda: inverse.GuidedParticleFilter(particles=8, runs=2, threshold=1.0), path),
     "HMC": (lambda: ppl.HMC(warmup=20, max_steps=8), plain),
     "MomentMatching": (lambda: inverse.MomentMatching(steps=6), linear),
+    "NIWMeta": (lambda: NIWMeta(GaussNewton(1), steps=12), regressions),
     "NUTS": (lambda: ppl.NUTS(warmup=10), plain),
     "ParticleGibbs": (lambda: inverse.ParticleGibbs(particles=3, warmup=4), path),
     "SDEMatching": (lambda: inverse.SDEMatching(steps=12, particles=4, times=4, knots=2), brownian_path),
