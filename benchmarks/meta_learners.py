@@ -56,7 +56,10 @@ ROOT = Path(__file__).parents[1]
 OMNIGLOT = ROOT.parent / "shared" / "data" / "omniglot" / "omniglot_small1_small2.npz"
 ALPHABETS = ("Early_Aramaic", "Greek", "Japanese_(katakana)", "Korean", "Latin", "Sanskrit"), ("Balinese", "Tagalog")
 NOISE = {"sinusoid": 0.1, "line-sine": 0.25}
-PACES: dict[str, dict[str, float]] = {"sinusoid": {}, "line-sine": {}}
+PACES = {
+    "sinusoid": {"NIW-Meta": 2.0, "ridge head": 4.0, "Reptile": 2.0},
+    "line-sine": {"ridge head": 4.0, "Reptile": 2.0},
+}
 # Of a weight between episodes, for images. The prior holds it: the diagonal alone would let it shrink to nothing.
 VARIANCE = 0.5
 PIXELS = {"digits": 64, "fashion": 196, "omniglot": 196}
@@ -171,7 +174,7 @@ def regression_learners(part: str, budget: Budget) -> dict[str, Callable[[Episod
 
     def detached(source: EpisodeSource) -> dict[str, Predict]:
         rates = common("NIW-Meta, fit held fixed")
-        options = NIWMeta(GaussNewton(2), expectation="quadratic", scale_lr=0.2, **rates)
+        options = NIWMeta(GaussNewton(2), expectation="quadratic", **rates)
         found = niw(options.fit(hierarchy, source, **seed), budget, 5)
         return {f"{name}, fit held fixed": predict for name, predict in found.items()}
 
