@@ -91,15 +91,9 @@ class ABML:
 
         begin = network.start
         start = torch.cat([begin, torch.full_like(begin, self.spread).log()])
+        check = check_of(network, likelihood)
         theta, history = descend(
-            self,
-            start,
-            slope_of(loss),
-            episodes,
-            check=check_of(network, likelihood),
-            generator=generator,
-            seed=seed,
-            monitor=monitor,
+            self, start, slope_of(loss), episodes, check=check, generator=generator, seed=seed, monitor=monitor
         )
         return FittedABML(self, network, likelihood, theta, history)
 

@@ -93,15 +93,9 @@ class MAML:
         def loss(theta: Tensor, drawn: Episodes, generator: torch.Generator) -> Tensor:
             return self.losses(network, likelihood, theta, drawn).mean()
 
+        check = check_of(network, likelihood)
         theta, history = descend(
-            self,
-            network.start,
-            slope_of(loss),
-            episodes,
-            check=check_of(network, likelihood),
-            generator=generator,
-            seed=seed,
-            monitor=monitor,
+            self, network.start, slope_of(loss), episodes, check=check, generator=generator, seed=seed, monitor=monitor
         )
         return FittedMAML(self, network, likelihood, theta, history)
 

@@ -91,12 +91,13 @@ class Reptile:
             off = theta - inner.adapted(network, likelihood, theta, drawn.points)
             return off.square().sum(-1).mean(), off.mean(0)
 
+        check = check_of(network, likelihood)
         theta, history = descend(
             self,
             network.start,
             direction,
             episodes,
-            check=check_of(network, likelihood),
+            check=check,
             generator=generator,
             seed=seed,
             monitor=monitor,
