@@ -41,7 +41,7 @@ def remarks(likelihood: Likelihood) -> list[str]:
     x = torch.zeros(likelihood.shape, dtype=likelihood.program.dtype, device=likelihood.program.device)
     with torch.no_grad(), record_calls() as calls:
         trace = likelihood.observe(x)
-    found = []
+    found = _cut(likelihood)
     for record in calls:
         found += _alike(record) + _outside(likelihood, record, trace)
     return list(dict.fromkeys(found))
@@ -64,6 +64,44 @@ def _unreachable(gaussian: GaussianLikelihood) -> list[str]:
         f"the data lie outside the range of the operator: {free} of {m} combinations of them do not depend on the "
         f"site, and these are {math.sqrt(missed / free):.3g} noise levels from zero, where about 1 is right; check "
         "units, offsets and the noise level"
+    ]
+
+
+def _cut(likelihood: Likelihood) -> list[str]:
+    """Entries of the site that the data answer to and that have no gradient, at any of three points."""
+
+    def value(x: Tensor) -> Tensor:
+        nodes = likelihood.observe(x).nodes
+        return torch.stack(
+            [nodes[n]["fn"].log_prob(nodes[n]["value"]).sum() for n in likelihood.program.observed]
+        ).sum()
+
+    still, before = torch.ones(likelihood.shape, dtype=torch.bool, device=likelihood.program.device), []
+    try:
+        for probe in likelihood.probes():
+            with torch.enable_grad():
+                leaf = probe.detach().requires_grad_()
+                before.append(value(leaf))
+                if not before[-1].requires_grad:
+                    return []  # a backend that asks for the gradient raises
+                (gradient,) = torch.autograd.grad(before[-1], leaf)
+            still &= gradient == 0
+        if not bool(still.any()):
+            return []
+        first, _, second = likelihood.probes()
+        with torch.no_grad():
+            pairs = [
+                (value(torch.where(still, second, first)), before[0]),
+                (value(torch.where(still, first, second)), before[2]),
+            ]
+    except ValueError:  # a parameter that its distribution refuses: nothing can be said
+        return []
+    if all(bool((a - b).abs() <= 1e-6 * (1 + b.abs())) or not bool((a - b).isfinite()) for a, b in pairs):
+        return []
+    return [
+        f"the data depend on {likelihood.site!r} where their likelihood has no gradient, in {int(still.sum())} of "
+        f"{still.numel()} entries at three points: a detach(), a rounding or a threshold in the model, and nothing "
+        "leads a backend that follows the gradient there; inverse.DiffusionPCN asks for none"
     ]
 
 

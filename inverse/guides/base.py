@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from inverse.guides.residual import gradient_of
 from inverse.problem import DiffusionProblem
 from ppl.cost import Cost
 from ppl.errors import CapabilityError
@@ -147,5 +148,5 @@ def likelihood_gradient(problem: DiffusionProblem, x: Tensor, cost: Cost) -> tup
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = problem.likelihood.log_prob(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        gradient = gradient_of(value, leaf)
     return value.detach().to(x.dtype), gradient

@@ -13,7 +13,7 @@ from inverse.problem import DiffusionProblem
 from ppl.errors import CapabilityError
 from ppl.sites import is_data, unwrap
 
-__all__ = ["misfit", "residual_fn"]
+__all__ = ["gradient_of", "misfit", "residual_fn"]
 
 
 def residual_fn(problem: DiffusionProblem) -> Callable[[Tensor], Tensor]:
@@ -83,5 +83,22 @@ def misfit(residual: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Ten
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = 0.5 * residual(leaf).square().sum(-1)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        gradient = gradient_of(value, leaf)
     return value.detach(), gradient
+
+
+def gradient_of(value: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient of each lane's value (lanes,) with respect to its leaf (lanes, *shape).
+
+    Raises:
+        CapabilityError: no differentiable path leads from one to the other.
+    """
+    if not value.requires_grad:
+        raise CapabilityError(
+            "the likelihood does not depend on the diffusion site through a differentiable path, so that its gradient "
+            "would guide nothing: look in the model for detach(), item(), numpy, torch.no_grad or a datum that does "
+            "not use the site; backends that ask for no gradient are inverse.DiffusionPCN and ppl.NoiseSpace("
+            "ppl.EllipticalSlice())"
+        )
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return gradient

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from inverse.operators.calls import noted
 from inverse.operators.decomposition import SVD, dense_svd, diagonal_svd
 from inverse.operators.eager import outside_transforms
-from inverse.operators.events import numel, over_event
+from inverse.operators.events import event_shape, numel, over_event
 from inverse.operators.linear_solve import conjugate_gradient
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
 
@@ -37,8 +37,8 @@ class LinearOperator(nn.Module):
     are cast where they are used, and `.to(device)` moves them.
 
     Args:
-        in_shape: shape of one x.
-        out_shape: shape of one A x.
+        in_shape: shape of one x; n for a vector of n entries, (n,).
+        out_shape: shape of one A x, likewise.
 
     Class data:
         linear: True, unless a FunctionOperator says otherwise.
@@ -55,10 +55,9 @@ class LinearOperator(nn.Module):
     linear: bool = True
     structure: frozenset[str] = frozenset()
 
-    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
+    def __init__(self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...]) -> None:
         super().__init__()
-        self.in_shape = tuple(int(n) for n in in_shape)
-        self.out_shape = tuple(int(n) for n in out_shape)
+        self.in_shape, self.out_shape = event_shape(in_shape), event_shape(out_shape, "out_shape")
         for name, shape in (("in_shape", self.in_shape), ("out_shape", self.out_shape)):
             if any(n < 1 for n in shape):
                 raise ShapeError(f"{name} of {type(self).__name__} must have positive sizes, got {shape}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inverse.operators.base import LinearOperator
 from inverse.operators.decomposition import SVD
-from inverse.operators.events import flatten_event, numel, scatter, scatter_index
+from inverse.operators.events import event_shape, flatten_event, image_shape, numel, scatter, scatter_index
 from inverse.operators.fourier import hartley
 from ppl.errors import DataError, OptionError, ShapeError
 
@@ -43,6 +43,7 @@ class CircularBlur(LinearOperator):
                 "kernel must be real of shape (kernel_height, kernel_width), "
                 f"got {kernel.dtype} of shape {tuple(kernel.shape)}"
             )
+        in_shape = event_shape(in_shape)
         if len(in_shape) < 2 or kernel.shape[0] > in_shape[-2] or kernel.shape[1] > in_shape[-1]:
             raise ShapeError(
                 f"kernel of shape {tuple(kernel.shape)} must fit into the last two axes of in_shape {tuple(in_shape)}; "
@@ -112,8 +113,7 @@ class GaussianBlur(CircularBlur):
     """
 
     def __init__(self, sigma: float | Tensor, in_shape: tuple[int, ...], *, radius: int | None = None) -> None:
-        if len(in_shape) < 2:
-            raise ShapeError(f"in_shape must end in (height, width), got {tuple(in_shape)}")
+        in_shape = image_shape(in_shape)
         if isinstance(sigma, Tensor):
             if radius is None:
                 raise OptionError("with a tensor sigma give radius, about 4 times its largest plausible value")
@@ -153,8 +153,7 @@ class MotionBlur(CircularBlur):
     def __init__(self, length: float, angle: float, in_shape: tuple[int, ...]) -> None:
         if not (length > 0 and math.isfinite(length) and math.isfinite(angle)):
             raise OptionError(f"length must be positive and both finite, got length {length}, angle {angle}")
-        if len(in_shape) < 2:
-            raise ShapeError(f"in_shape must end in (height, width), got {tuple(in_shape)}")
+        in_shape = image_shape(in_shape)
         samples = max(2, 64 * math.ceil(length))
         t = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples * length - length / 2
         theta = math.radians(angle)

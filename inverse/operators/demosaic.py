@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
+from inverse.operators.events import event_shape
 from ppl.errors import DataError, OptionError, ShapeError
 
 __all__ = ["ColourMosaic"]
@@ -40,6 +41,7 @@ class ColourMosaic(LinearOperator):
     mask: Tensor
 
     def __init__(self, in_shape: tuple[int, ...], pattern: str | Tensor = "RGGB") -> None:
+        in_shape = event_shape(in_shape)
         if len(in_shape) < 3:
             raise ShapeError(f"in_shape must end in (colours, height, width), got {tuple(in_shape)}")
         colours, h, w = in_shape[-3:]

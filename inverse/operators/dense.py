@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
-from inverse.operators.events import flatten_event, numel
+from inverse.operators.events import event_shape, flatten_event, numel
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
 from ppl.numbers import as_tensor
 
@@ -34,14 +34,17 @@ class Dense(LinearOperator):
     matrix: Tensor
 
     def __init__(
-        self, matrix: Tensor, in_shape: tuple[int, ...] | None = None, out_shape: tuple[int, ...] | None = None
+        self,
+        matrix: Tensor,
+        in_shape: int | tuple[int, ...] | None = None,
+        out_shape: int | tuple[int, ...] | None = None,
     ) -> None:
         matrix = as_tensor(matrix)
         if matrix.ndim != 2:
             raise ShapeError(f"matrix must have shape (dy, d), got {tuple(matrix.shape)}; a row vector is matrix[None]")
         dy, d = matrix.shape
-        in_shape = (d,) if in_shape is None else tuple(in_shape)
-        out_shape = (dy,) if out_shape is None else tuple(out_shape)
+        in_shape = (d,) if in_shape is None else event_shape(in_shape)
+        out_shape = (dy,) if out_shape is None else event_shape(out_shape, "out_shape")
         for name, shape, size in (("in_shape", in_shape, d), ("out_shape", out_shape, dy)):
             if numel(shape) != size:
                 raise ShapeError(
@@ -92,13 +95,14 @@ class FunctionOperator(LinearOperator):
     def __init__(
         self,
         fn: Callable[[Tensor], Tensor],
-        in_shape: tuple[int, ...],
+        in_shape: int | tuple[int, ...],
         *,
         linear: bool | None = False,
         batched: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
+        in_shape = event_shape(in_shape)
         if linear is None:
             if generator is None:
                 raise OptionError("probing linearity draws random inputs; pass a generator, or declare linear=True")
@@ -136,7 +140,7 @@ class FunctionOperator(LinearOperator):
 
 def probe_linear(
     fn: Callable[[Tensor], Tensor],
-    in_shape: tuple[int, ...],
+    in_shape: int | tuple[int, ...],
     generator: torch.Generator,
     *,
     probes: int = 3,
@@ -168,7 +172,7 @@ def probe_linear(
 
 def probe_affine(
     fn: Callable[[Tensor], Tensor],
-    in_shape: tuple[int, ...],
+    in_shape: int | tuple[int, ...],
     generator: torch.Generator,
     *,
     probes: int = 3,
@@ -187,7 +191,7 @@ def probe_affine(
 
 def _probe(
     fn: Callable[[Tensor], Tensor],
-    in_shape: tuple[int, ...],
+    in_shape: int | tuple[int, ...],
     generator: torch.Generator,
     probes: int,
     rtol: float,
@@ -197,11 +201,13 @@ def _probe(
 ) -> bool:
     """Superposition at scales 1e-3, 1 and 1e3, each judged alone: a large scale would hide a small offset."""
 
+    shape = event_shape(in_shape)
+
     def draw() -> Tensor:
-        return torch.randn(in_shape, generator=generator, device=generator.device, dtype=dtype)
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
 
     with torch.no_grad():
-        origin = fn(torch.zeros(in_shape, dtype=dtype, device=generator.device))
+        origin = fn(torch.zeros(shape, dtype=dtype, device=generator.device))
         if not affine and bool((origin != 0).any()):
             return False
         for scale in (1e-3, 1.0, 1e3):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inverse.operators.base import LinearOperator
 from inverse.operators.decomposition import SVD
-from inverse.operators.events import flatten_event, numel
+from inverse.operators.events import event_shape, flatten_event, numel
 from ppl.errors import ShapeError
 from ppl.option_checks import whole_number
 
@@ -33,6 +33,7 @@ class Downsample(LinearOperator):
 
     def __init__(self, factor: int, in_shape: tuple[int, ...]) -> None:
         factor = whole_number("factor", factor, 1)
+        in_shape = event_shape(in_shape)
         if len(in_shape) < 2 or in_shape[-1] % factor or in_shape[-2] % factor:
             raise ShapeError(
                 f"in_shape must end in (height, width) divisible by {factor}, got {tuple(in_shape)}; crop or pad x"

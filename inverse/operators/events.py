@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["flatten_event", "numel", "over_event", "scatter", "scatter_index"]
+from ppl.errors import ShapeError
+
+__all__ = ["event_shape", "flatten_event", "image_shape", "numel", "over_event", "scatter", "scatter_index"]
+
+
+def event_shape(shape: int | Iterable[int], name: str = "in_shape") -> tuple[int, ...]:
+    """A shape as a tuple; a plain n is (n,), a vector of n entries.
+
+    Raises:
+        ShapeError: it is neither a whole number nor a sequence of them.
+
+    Example:
+        >>> event_shape(6), event_shape([3, 28, 28])
+        ((6,), (3, 28, 28))
+    """
+    entries: Any = shape
+    if hasattr(shape, "__index__") and not isinstance(shape, Iterable):
+        entries = (shape,)
+    try:
+        return tuple(operator.index(n) for n in entries)
+    except TypeError:
+        raise ShapeError(
+            f"{name} must be a tuple of whole numbers such as (28, 28), or n for a vector of n entries, got {shape!r}"
+        ) from None
+
+
+def image_shape(shape: int | Iterable[int]) -> tuple[int, ...]:
+    """A shape (*channels, height, width) as a tuple.
+
+    Raises:
+        ShapeError: it is none.
+    """
+    found = event_shape(shape)
+    if len(found) < 2:
+        raise ShapeError(f"in_shape must end in (height, width), got {found}")
+    return found
 
 
 def numel(shape: tuple[int, ...]) -> int:

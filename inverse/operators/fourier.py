@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inverse.operators.base import LinearOperator
 from inverse.operators.decomposition import SVD
-from inverse.operators.events import flatten_event, scatter, scatter_index
+from inverse.operators.events import event_shape, flatten_event, scatter, scatter_index
 from ppl.errors import DataError, ShapeError
 
 __all__ = ["FourierMask", "conjugate_index", "hartley"]
@@ -76,7 +76,7 @@ class FourierMask(LinearOperator):
                 "one mask serves all channels"
             )
         tail = (2,) if complex_image else ()
-        shape = (*mask.shape, *tail) if in_shape is None else tuple(in_shape)
+        shape = (*mask.shape, *tail) if in_shape is None else event_shape(in_shape)
         end = (*mask.shape, *tail)
         if shape[len(shape) - len(end) :] != end:
             raise ShapeError(f"in_shape must end in {end}, the mask's{' and (re, im)' if tail else ''}, got {shape}")

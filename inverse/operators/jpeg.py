@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from inverse.operators.events import event_shape
 from inverse.operators.nonlinear import NonlinearOperator
 from ppl.errors import OptionError, ShapeError
 
@@ -92,6 +93,7 @@ class JPEG(NonlinearOperator):
             raise OptionError(f"quality must lie between 1 and 100, got {quality}")
         if not low < high:
             raise OptionError(f"the range needs low < high, got low {low}, high {high}")
+        in_shape = event_shape(in_shape)
         if len(in_shape) < 2 or in_shape[-1] % 8 or in_shape[-2] % 8:
             raise ShapeError(f"in_shape must end in (height, width) divisible by 8, got {tuple(in_shape)}; crop or pad")
         super().__init__(in_shape, in_shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
-from inverse.operators.events import flatten_event, scatter, scatter_index
+from inverse.operators.events import event_shape, flatten_event, scatter, scatter_index
 from ppl.errors import DataError, ShapeError
 from ppl.numbers import as_tensor
 
@@ -29,7 +29,7 @@ class Identity(LinearOperator):
 
     structure = frozenset({"diagonal"})
 
-    def __init__(self, in_shape: tuple[int, ...]) -> None:
+    def __init__(self, in_shape: int | tuple[int, ...]) -> None:
         super().__init__(in_shape, in_shape)
 
     @property
@@ -97,13 +97,13 @@ class Mask(LinearOperator):
     keep: Tensor
     places: Tensor
 
-    def __init__(self, mask: Tensor, in_shape: tuple[int, ...] | None = None) -> None:
+    def __init__(self, mask: Tensor, in_shape: int | tuple[int, ...] | None = None) -> None:
         mask = as_tensor(mask)
         if mask.dtype != torch.bool:
             raise DataError(
                 f"mask must be boolean, True where observed, got {mask.dtype}; write mask.bool() or mask > 0"
             )
-        shape = tuple(mask.shape) if in_shape is None else tuple(in_shape)
+        shape = tuple(mask.shape) if in_shape is None else event_shape(in_shape)
         try:
             flat = torch.broadcast_to(mask, shape).reshape(-1)
         except RuntimeError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
-from inverse.operators.events import scatter, scatter_index
+from inverse.operators.events import event_shape, scatter, scatter_index
 from ppl.errors import DataError, OptionError, ShapeError
 
 __all__ = ["MultiCoilMRI", "coil_sensitivities"]
@@ -75,7 +75,7 @@ class MultiCoilMRI(LinearOperator):
         if len(keep) == 0:
             raise DataError("mask observes nothing; at least one frequency must be True")
         end = (*mask.shape, 2) if complex_image else tuple(mask.shape)
-        shape = end if in_shape is None else tuple(in_shape)
+        shape = end if in_shape is None else event_shape(in_shape)
         if shape[len(shape) - len(end) :] != end:
             raise ShapeError(
                 f"in_shape must end in {end}, the mask's{' and (re, im)' if complex_image else ''}, got {shape}"

@@ -103,7 +103,9 @@ class Clip(NonlinearOperator):
         tensor([-0.4000,  0.8000,  1.0000])
     """
 
-    def __init__(self, in_shape: tuple[int, ...], low: float = -1.0, high: float = 1.0, *, gain: float = 1.0) -> None:
+    def __init__(
+        self, in_shape: int | tuple[int, ...], low: float = -1.0, high: float = 1.0, *, gain: float = 1.0
+    ) -> None:
         if not low < high:
             raise OptionError(f"clipping needs low < high, got low {low}, high {high}")
         if not (gain > 0 and math.isfinite(gain)):

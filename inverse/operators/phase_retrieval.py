@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from inverse.operators.events import image_shape
 from inverse.operators.nonlinear import NonlinearOperator
-from ppl.errors import OptionError, ShapeError
+from ppl.errors import OptionError
 
 __all__ = ["PhaseRetrieval"]
 
@@ -39,8 +40,7 @@ class PhaseRetrieval(NonlinearOperator):
     """
 
     def __init__(self, in_shape: tuple[int, ...], oversampling: float = 2.0, *, squared: bool = False) -> None:
-        if len(in_shape) < 2:
-            raise ShapeError(f"in_shape must end in (height, width), got {tuple(in_shape)}")
+        in_shape = image_shape(in_shape)
         if not (oversampling >= 1 and math.isfinite(oversampling)):
             raise OptionError(f"oversampling must be one or more and finite, got {oversampling}")
         padded = tuple(math.ceil(oversampling * n - 1e-9) for n in in_shape[-2:])

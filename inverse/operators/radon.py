@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
-from inverse.operators.events import flatten_event
-from ppl.errors import DataError, OptionError, ShapeError
+from inverse.operators.events import flatten_event, image_shape
+from ppl.errors import DataError, OptionError
 
 __all__ = ["Radon"]
 
@@ -69,8 +69,7 @@ class Radon(LinearOperator):
         detectors: int | None = None,
         spacing: float = 1.0,
     ) -> None:
-        if len(in_shape) < 2:
-            raise ShapeError(f"in_shape must end in (height, width), got {tuple(in_shape)}")
+        in_shape = image_shape(in_shape)
         if not (spacing > 0 and math.isfinite(spacing)):
             raise OptionError(f"spacing must be positive and finite, got {spacing}; it is in pixels")
         if isinstance(angles, int):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inverse.operators.base import LinearOperator
 from inverse.operators.decomposition import SVD
-from inverse.operators.events import flatten_event, numel, scatter, scatter_index
+from inverse.operators.events import event_shape, flatten_event, numel, scatter, scatter_index
 from inverse.operators.transforms import cosine, hadamard, inverse_cosine
 from ppl.errors import OptionError, ShapeError
 
@@ -24,11 +24,12 @@ class _OrthonormalRows(LinearOperator):
 
     structure = frozenset({"fast_svd"})
 
-    def __init__(self, measurements: int, in_shape: tuple[int, ...]) -> None:
-        size = numel(tuple(in_shape))
+    def __init__(self, measurements: int, in_shape: int | tuple[int, ...]) -> None:
+        in_shape = event_shape(in_shape)
+        size = numel(in_shape)
         if not 1 <= measurements <= size:
             raise OptionError(
-                f"measurements must lie between 1 and {size}, the size of in_shape {tuple(in_shape)}, since the rows "
+                f"measurements must lie between 1 and {size}, the size of in_shape {in_shape}, since the rows "
                 f"are orthonormal; got {measurements}"
             )
         super().__init__(in_shape, (measurements,))
@@ -54,7 +55,7 @@ class _SubsampledTransform(_OrthonormalRows):
     def __init__(
         self,
         measurements: int,
-        in_shape: tuple[int, ...],
+        in_shape: int | tuple[int, ...],
         transform: Callable[[Tensor], Tensor],
         transpose: Callable[[Tensor], Tensor],
         generator: torch.Generator,
@@ -98,12 +99,11 @@ class SubsampledHadamard(_SubsampledTransform):
         tensor([1., 2., 3.])
     """
 
-    def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
-        size = numel(tuple(in_shape))
+    def __init__(self, measurements: int, in_shape: int | tuple[int, ...], *, generator: torch.Generator) -> None:
+        in_shape = event_shape(in_shape)
+        size = numel(in_shape)
         if size & (size - 1):
-            raise ShapeError(
-                f"in_shape {tuple(in_shape)} has {size} entries, which is no power of two; use SubsampledCosine"
-            )
+            raise ShapeError(f"in_shape {in_shape} has {size} entries, which is no power of two; use SubsampledCosine")
         super().__init__(measurements, in_shape, hadamard, hadamard, generator)
 
 
@@ -123,7 +123,7 @@ class SubsampledCosine(_SubsampledTransform):
         tensor([1., 2.])
     """
 
-    def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
+    def __init__(self, measurements: int, in_shape: int | tuple[int, ...], *, generator: torch.Generator) -> None:
         super().__init__(measurements, in_shape, cosine, inverse_cosine, generator)
 
 
@@ -145,7 +145,7 @@ class GaussianSensing(_OrthonormalRows):
 
     matrix: Tensor
 
-    def __init__(self, measurements: int, in_shape: tuple[int, ...], *, generator: torch.Generator) -> None:
+    def __init__(self, measurements: int, in_shape: int | tuple[int, ...], *, generator: torch.Generator) -> None:
         super().__init__(measurements, in_shape)
         shape = (numel(self.in_shape), measurements)
         gaussian = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)

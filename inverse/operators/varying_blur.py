@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import LinearOperator
+from inverse.operators.events import event_shape
 from ppl.errors import DataError, ShapeError
 
 __all__ = ["VaryingBlur"]
@@ -60,6 +61,7 @@ class VaryingBlur(LinearOperator):
                 f"{kernels.dtype} of shape {tuple(kernels.shape)}; one kernel is CircularBlur"
             )
         rows, columns, kh, kw = kernels.shape
+        in_shape = event_shape(in_shape)
         if len(in_shape) < 2 or kh > in_shape[-2] or kw > in_shape[-1]:
             raise ShapeError(
                 f"kernels of shape {(kh, kw)} must fit into the last two axes of in_shape {tuple(in_shape)}; crop them "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inverse.operators.base import LinearOperator
 from inverse.operators.dense import FunctionOperator, probe_linear
+from inverse.operators.events import event_shape
 from ppl.errors import CapabilityError, DataError, OptionError, ShapeError
 
 __all__ = ["WrappedPhysics", "adjoint_error", "wrap"]
@@ -83,11 +84,12 @@ class WrappedPhysics(LinearOperator):
     def __init__(
         self,
         physics: Any,
-        in_shape: tuple[int, ...],
+        in_shape: int | tuple[int, ...],
         *,
         linear: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        in_shape = event_shape(in_shape)
         native, device = _home(physics)
         generator = torch.Generator(device).manual_seed(0) if generator is None else generator
         dtype = native or torch.float32
@@ -97,7 +99,7 @@ class WrappedPhysics(LinearOperator):
         if not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != 1:
             found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise DataError(
-                f"{type(physics).__name__}.A must map a batch (1, {str(tuple(in_shape))[1:-1]}) to one tensor with the "
+                f"{type(physics).__name__}.A must map a batch (1, {str(in_shape)[1:-1]}) to one tensor with the "
                 f"same batch axis, got {found}; in_shape is the shape of one x without it"
             )
         out_shape = tuple(y.shape[1:])
@@ -158,7 +160,7 @@ class WrappedPhysics(LinearOperator):
 
 def wrap(
     source: Any,
-    in_shape: tuple[int, ...],
+    in_shape: int | tuple[int, ...],
     *,
     linear: bool | None = None,
     batched: bool = False,
@@ -187,7 +189,7 @@ def wrap(
         >>> wrap(torch.sigmoid, (4,)).linear
         False
     """
-    in_shape = tuple(in_shape)
+    in_shape = event_shape(in_shape)
     if isinstance(source, LinearOperator):
         if source.in_shape != in_shape:
             raise ShapeError(f"{type(source).__name__} acts on {source.in_shape}, got in_shape {in_shape}")

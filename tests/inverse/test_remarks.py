@@ -15,7 +15,7 @@ import ppl
 from inverse.operators import Clip, Dense, PhaseRetrieval, SaturatingBlur
 from inverse.operators.blur import GaussianBlur
 from inverse.remarks import remarks
-from ppl.errors import DataError
+from ppl.errors import CapabilityError, DataError
 from sde import GaussianMixture
 
 F64 = torch.float64
@@ -96,3 +96,42 @@ def test_noise_that_cannot_be_inverted() -> None:
     likelihood = inverse.read_likelihood(ppl.Program(model, torch.zeros(2, dtype=F64)))
     with pytest.raises(DataError, match=r"rank-deficient or badly scaled.*independent noise"):
         _ = likelihood.gaussian
+
+
+def curved(mean: Any) -> ppl.Program:
+    own = prior(2)
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", own)
+        pyro.sample("y", dist.Normal(mean(x), 0.3).to_event(1), obs=y)
+
+    return ppl.Program(model, torch.tensor([2.0, 1.0], dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        inverse.DPS(steps=2),
+        inverse.DPS(steps=2, weight="likelihood"),
+        inverse.REDDiff(steps=2),
+        inverse.DAPS(steps=2),
+        inverse.AnnealedLangevin(levels=2, steps=1, warmup=1),
+    ],
+    ids=repr,
+)
+def test_a_likelihood_that_is_cut_off_from_the_site_guides_nothing_and_says_so(backend: Any) -> None:
+    """x.detach() in a model that is not linear; a linear one is read as a matrix and loses nothing."""
+    with pytest.raises(CapabilityError, match=r"through a differentiable path.*DiffusionPCN"):
+        ppl.infer(curved(lambda x: x.detach().exp()), backend, draws=2)
+    assert ppl.infer(curved(lambda x: x.detach()), inverse.PiGDM(steps=20), draws=50).mean("x")[0] > 1.5
+
+
+def test_entries_without_a_gradient_are_noted() -> None:
+    for mean, entries in (
+        (lambda x: x.round(), 2),
+        (lambda x: torch.stack([x[..., 0].exp(), x[..., 1].detach().exp()], -1), 1),
+    ):
+        (note,) = ppl.infer(curved(mean), inverse.DPS(steps=2), draws=2).attrs["notes"]
+        assert f"no gradient, in {entries} of 2 entries" in note
+    assert remarks(inverse.read_likelihood(curved(lambda x: torch.stack([x[..., 0].exp(), 0 * x[..., 1]], -1)))) == []
+    assert remarks(inverse.read_likelihood(curved(torch.exp))) == []

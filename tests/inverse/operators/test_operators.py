@@ -295,3 +295,40 @@ def test_arrays_make_operators_and_factors_are_whole() -> None:
     for factor in (1.5, 0, "2"):
         with pytest.raises(OptionError, match="factor must be an integer of at least 1"):
             ops.Downsample(factor, (6, 6))  # type: ignore[arg-type]
+
+
+SHAPED = {
+    "CircularBlur": lambda shape: ops.CircularBlur(torch.ones(3, 3) / 9, shape),
+    "GaussianBlur": lambda shape: ops.GaussianBlur(1.0, shape),
+    "MotionBlur": lambda shape: ops.MotionBlur(3.0, 0.0, shape),
+    "VaryingBlur": lambda shape: ops.VaryingBlur(torch.ones(2, 2, 3, 3) / 9, shape),
+    "ColourMosaic": lambda shape: ops.ColourMosaic(shape),
+    "Downsample": lambda shape: ops.Downsample(2, shape),
+    "FourierMask": lambda shape: ops.FourierMask(torch.ones(8, 8, dtype=torch.bool), shape),
+    "JPEG": lambda shape: ops.JPEG(shape),
+    "PhaseRetrieval": lambda shape: ops.PhaseRetrieval(shape),
+    "Radon": lambda shape: ops.Radon(torch.linspace(0, 3, 4), shape),
+    "Identity": ops.Identity,
+    "Clip": ops.Clip,
+    "Mask": lambda shape: ops.Mask(torch.ones(8, dtype=torch.bool), shape),
+    "Dense": lambda shape: ops.Dense(torch.eye(8), shape),
+    "FunctionOperator": lambda shape: ops.FunctionOperator(torch.exp, shape),
+    "wrap": lambda shape: ops.wrap(torch.exp, shape),
+    "GaussianSensing": lambda shape: ops.GaussianSensing(2, shape, generator=torch.Generator()),
+    "SubsampledCosine": lambda shape: ops.SubsampledCosine(2, shape, generator=torch.Generator()),
+    "SubsampledHadamard": lambda shape: ops.SubsampledHadamard(2, shape, generator=torch.Generator()),
+}
+VECTORS = list(SHAPED)[10:]
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_a_whole_number_is_a_vector_and_no_image(name: str) -> None:
+    make = SHAPED[name]
+    if name in VECTORS:
+        assert make(8).in_shape == make([8]).in_shape == (8,)
+    else:
+        with pytest.raises(ShapeError, match=r"in_shape.*\(8,\)"):
+            make(8)
+    for bad in ("ab", 8.5, (8, 2.5)):
+        with pytest.raises(ShapeError, match="in_shape must be a tuple of whole numbers"):
+            make(bad)
