@@ -58,7 +58,7 @@ ALPHABETS = ("Early_Aramaic", "Greek", "Japanese_(katakana)", "Korean", "Latin",
 NOISE = {"sinusoid": 0.1, "line-sine": 0.25}
 PACES = {
     "sinusoid": {"NIW-Meta": 2.0, "ridge head": 4.0, "Reptile": 2.0},
-    "line-sine": {"ridge head": 4.0, "Reptile": 2.0},
+    "line-sine": {"MAML": 4.0, "ridge head": 4.0, "Reptile": 2.0},
 }
 # Of a weight between episodes, for images. The prior holds it: the diagonal alone would let it shrink to nothing.
 VARIANCE = 0.5
