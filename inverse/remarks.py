@@ -71,10 +71,9 @@ def _cut(likelihood: Likelihood) -> list[str]:
     """Entries of the site that the data answer to and that have no gradient, at any of three points."""
 
     def value(x: Tensor) -> Tensor:
-        nodes = likelihood.observe(x).nodes
-        return torch.stack(
-            [nodes[n]["fn"].log_prob(nodes[n]["value"]).sum() for n in likelihood.program.observed]
-        ).sum()
+        nodes = likelihood.observe(x).nodes.values()
+        data = [node for node in nodes if node["type"] == "sample" and node["is_observed"]]  # factors too
+        return sum((node["fn"].log_prob(node["value"]).sum() for node in data), start=x.new_zeros(()))
 
     still, before = torch.ones(likelihood.shape, dtype=torch.bool, device=likelihood.program.device), []
     try:
