@@ -40,10 +40,10 @@ class NuisanceSMC(ParticleBackend):
 
     For linear Gaussian data whose noise, gain, offset or operator depend on nuisance parameters that have a prior of
     their own. With up to 64 measurements and an exact covariance, or with `guide=MomentClosure()` for a network,
-    particles move by the moment closure; otherwise they are led by PiGDM in a solver. Problems of `program.over` run in
-    turn: every particle reads its likelihood off the program, with parameters of its own and one set of data. Beyond 64 measurements noise and
-    gain must change by one factor for all of them; an operator that depends on the parameters itself, such as a blur
-    width, must be small (2^16 entries).
+    particles move by the moment closure; otherwise they are led by PiGDM in a solver. Problems of `program.over` run
+    in turn: every particle reads its likelihood off the program, with parameters of its own and one set of data.
+    Beyond 64 measurements noise and gain must change by one factor for all of them; an operator that depends on the
+    parameters itself, such as a blur width, must be small (2^16 entries).
 
     Args:
         steps: noise levels; None takes the prior's own number.
