@@ -20,6 +20,7 @@ from ppl.vi.guides.guide import LOG_2PI, Params, check_init_scale, detached, sta
 __all__ = ["Hierarchical"]
 
 UPPER = "upper."
+REACH = 6.0  # in sd of a: how far lines are followed where chains go beyond what the fit has seen
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Hierarchical:
 
     For few parameters a of many numbers b, such as the parameters of a process and its driving noise; parameters grow
     with the product of both. On `ppl.Transport` it bends further: there b has its mean at its conditional mode given a,
-    reached from the line by `ascent` steps of conjugate gradients up log p(a, b, y), with the variances as metric.
+    reached from the line by `ascent` steps of conjugate gradients up log p(a, b, y), with the variances as metric; the
+    line ends six standard deviations out.
 
     Args:
         upper: names of the sites in a; all but the largest site when empty.
@@ -125,8 +127,10 @@ class Hierarchical:
         own = _upper(params)
         e, u = self._split(noise)
         a = own["loc"] + own["log_scale"].exp() * (e + e @ own["lower"].tril(-1).mT)
-        b, log_sd = self._law(params, e)
-        if log_density is not None:
+        if log_density is None:
+            b, log_sd = self._law(params, e)
+        else:  # on Transport the lines bend to their ends: far out, the mode no longer follows them
+            b, log_sd = self._law(params, e * (1 + (e / REACH) ** 4) ** -0.25)
             slope = torch.func.grad(lambda b: log_density(self._join(a, b)))
             b = _climb(slope, b, (2 * log_sd).exp(), self.ascent)
         log_q = _log_normal(noise) - own["log_scale"].sum() - log_sd.sum(-1)
