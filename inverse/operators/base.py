@@ -186,7 +186,7 @@ class LinearOperator(nn.Module):
         if "svd" in self.capabilities:
             svd = self.svd()
             inverse = 1 / svd.s
-            if rcond is not None:
+            if rcond is not None and inverse.numel():  # nothing is left of an operator that sees nothing
                 inverse = torch.where(svd.s < rcond * svd.s.amax(-1, keepdim=True), torch.zeros_like(inverse), inverse)
             return svd.from_spectral(svd.to_spectral_data(y) * inverse.to(y))
         if rcond is not None:

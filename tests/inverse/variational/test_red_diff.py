@@ -21,7 +21,7 @@ from inverse.variational.red_diff import WEIGHTINGS, _Published
 from inverse.variational.red_diff_gaussian import Diagonal
 from ppl import Program
 from ppl.cost import Cost
-from ppl.errors import OptionError
+from ppl.errors import CapabilityError, OptionError
 from sde import GaussianMixture, VariancePreserving
 
 F64 = torch.float64
@@ -125,6 +125,18 @@ def test_it_starts_without_directions_that_the_data_hardly_see() -> None:
     kept = s >= 0.03 * s.max()
     assert ((found - true)[kept] * s[kept]).abs().max() < 6 * 0.1
     torch.testing.assert_close(found[~kept], torch.zeros_like(found[~kept]), rtol=0, atol=1e-9)
+
+
+def test_data_that_do_not_use_the_site_are_one_error() -> None:
+    """A measurement of nothing has no singular value to start from, and no gradient."""
+    prior = GaussianMixture(torch.ones(1, dtype=F64), torch.zeros(1, 3, dtype=F64), torch.ones(1, dtype=F64))
+
+    def model(y: Tensor) -> None:
+        pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1), obs=y)
+
+    with pytest.raises(CapabilityError, match="does not depend on the diffusion site"):
+        ppl.infer(Program(model, torch.ones(2, dtype=F64)), REDDiff(steps=20), draws=8)
 
 
 def test_weightings_are_the_published_ones() -> None:
