@@ -164,8 +164,7 @@ def run_side_by_side(
             many = ManyProblems.of(program)
             trial(SideBySide.of(many, range(len(seeds)), Streams.of(seeds, generator.device)))
         except UnlikeError as why:
-            monitor.note(f"problems run in turn and not in one batch: {why}")
-            return in_turn(program, backend, draws=draws, chains=chains, seeds=seeds, monitor=monitor)
+            return in_turn(program, backend, draws=draws, chains=chains, seeds=seeds, monitor=monitor, why=why)
         together = max(lanes_at_a_time(None, chains, generator.device) // chains, 1)
         with many.running(monitor):
             for start in range(0, len(seeds), together):

@@ -221,10 +221,22 @@ def problem_seeds(program: Program, generator: torch.Generator) -> list[int]:
 
 
 def in_turn(
-    program: Program, backend: Backend, *, draws: int, chains: int, seeds: Sequence[int], monitor: Monitor
+    program: Program,
+    backend: Backend,
+    *,
+    draws: int,
+    chains: int,
+    seeds: Sequence[int],
+    monitor: Monitor,
+    why: Exception | None = None,
 ) -> Posterior:
-    """Problems one after the other, each with its own seed; stacked along a leading problem axis."""
+    """Problems one after the other, each with its own seed; stacked along a leading problem axis.
+
+    `why` says what kept a backend that batches problems from it, for a note.
+    """
     assert program.problems is not None
+    if why is not None:
+        monitor.note(f"problems run in turn and not in one batch: {why}")
     parts: list[Posterior | NotFiniteError] = []
     for i in monitor.steps(program.problems, "problems"):
         own = torch.Generator(program.device).manual_seed(seeds[i])

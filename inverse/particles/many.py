@@ -59,8 +59,7 @@ def run_problems(
         if backend.rejuvenation(many.singles[0], trial) is not None:
             raise UnlikeError("moves after a resampling take one population at a time")
     except UnlikeError as why:
-        monitor.note(f"problems run in turn and not in one batch: {why}")
-        return in_turn(program, backend, draws=draws, chains=chains, seeds=seeds, monitor=monitor)
+        return in_turn(program, backend, draws=draws, chains=chains, seeds=seeds, monitor=monitor, why=why)
     particles = backend.particles or draws
     at_once = max(lanes_at_a_time(backend.chunk, particles, generator.device) // particles, 1)
     if at_once == 1:

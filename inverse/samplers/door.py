@@ -85,8 +85,7 @@ class TrajectorySampler(NeverExact):
                 make(many.lanes(torch.arange(len(many.singles))))  # nothing is drawn yet: it says whether it can be
                 methods.clear()
             except UnlikeError as why:
-                monitor.note(f"problems run in turn and not in one batch: {why}")
-                return in_turn(program, self, draws=draws, chains=chains, seeds=seeds, monitor=monitor)
+                return in_turn(program, self, draws=draws, chains=chains, seeds=seeds, monitor=monitor, why=why)
             with many.running(monitor):
                 found = run_problem_lanes(
                     make,
